@@ -1,0 +1,24 @@
+"""Progress bars: tqdm by default, silence, or the caller's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+__all__ = ["Progress", "track"]
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]] | Literal[False] | None
+"""None: a tqdm bar when stderr is a terminal. False: silence. A callable: wraps the iterable of batches itself."""
+
+
+def track(batches: Iterable[Any], progress: Progress, description: str) -> Iterable[Any]:
+    """Wrap `batches` so that its consumption is shown."""
+    if progress is False:
+        return batches
+    if progress is not None:
+        return progress(batches)
+    from tqdm.auto import tqdm
+
+    # disable=None: tqdm shows itself on a terminal only.
+    bar: Iterable[Any] = tqdm(batches, desc=description, unit="batch", disable=None)
+    return bar

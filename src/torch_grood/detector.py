@@ -1,0 +1,551 @@
+"""GROOD: GRadient-aware Out-Of-Distribution detection, Algorithms 1 (fit) and 2 (score and decide).
+
+Algorithm 1: class prototypes (eq. 7), an OOD prototype (eq. 8), and the gradients (eq. 5) of the correctly classified
+training samples. Algorithm 2: S(x) = min over those x' of ‖∇(x) - ∇(x')‖₂; ID if S(x) ≤ τ, else OOD.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from torch_grood._batches import as_loader, split_batch
+from torch_grood._progress import Progress, track
+from torch_grood.errors import GroodError, ModelMismatchError, NotFittedError
+from torch_grood.features import Extraction, FeatureExtractor, ModelFingerprint, model_fingerprint
+from torch_grood.neighbors import GradientIndex, IndexQuality, Neighbors, make_index
+from torch_grood.outliers import Mixup, OutlierContext, OutlierSource, PrototypeMean
+from torch_grood.prototypes import ClassPrototypes, as_labels
+from torch_grood.state import GRADIENT_ROWS, FitInfo, FittedState, build_state
+from torch_grood.threshold import ConformalThreshold
+from torch_grood.training_pass import TrainingPass
+
+__all__ = ["GROOD", "Prediction"]
+
+_log = logging.getLogger("torch_grood")
+
+
+class Prediction(NamedTuple):
+    """Decisions for n samples; every field is a tensor (n,) on the CPU.
+
+    Attributes:
+        score: S(x), float64, higher = more OOD; the paper's units.
+        p_value: conformal p-value: under ID, P(p ≤ α) ≤ α.
+        is_ood: the decision, p ≤ fpr.
+        label: the classifier's class, a position in `GROOD.classes_`; None in features-only use without predictions.
+        prototype_label: class of the nearest prototype, a position in `GROOD.classes_`.
+        neighbor: the training sample with the nearest gradient, by its position in the training set as it was read.
+    """
+
+    score: Tensor
+    p_value: Tensor
+    is_ood: Tensor
+    label: Tensor | None
+    prototype_label: Tensor
+    neighbor: Tensor
+
+
+class GROOD:
+    """GROOD on a trained classifier, or on features alone.
+
+    >>> detector = GROOD(model).fit(train_loader).calibrate(held_out_loader, fpr=0.05)  # doctest: +SKIP
+    >>> detector.predict(images).is_ood  # doctest: +SKIP
+    tensor([False,  True])
+
+    Args:
+        model: maps images (n, ...) to logits (n, C); it is left bit for bit as it was. None: features only.
+        outliers: where the OOD prototype comes from.
+        index: "exact", a faiss factory string such as "IVF1024,Flat", or an index object.
+        head: name of the module whose input is the penultimate feature; found if None.
+        early_layer: name of the module whose output is mixed; found if None.
+        seed: of everything random; the same seed gives the same detector, in whatever order the samples come.
+
+    Attributes:
+        classes_: names of the classifier's classes; labels are positions in it.
+        class_prototypes_: float64 (C, d).
+        ood_prototype_: float64 (d,).
+        fit_info_: see `FitInfo`.
+        threshold_: see `ConformalThreshold`; None before `calibrate`.
+        index_quality_: measured recall of an approximate index; None for exact search.
+        metadata: JSON-able, saved with the detector; free for whoever needs more to travel in the file.
+
+    Raises:
+        GroodError: for arguments that cannot work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        outliers: OutlierSource | None = None,
+        index: str | GradientIndex = "exact",
+        head: str | None = None,
+        early_layer: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        if model is None and (head is not None or early_layer is not None):
+            raise GroodError("head and early_layer name modules of a model, and there is none")
+        if outliers is None:
+            outliers = Mixup() if model is not None else PrototypeMean()
+        if not isinstance(outliers, OutlierSource):
+            raise GroodError(f"outliers must be a source such as Mixup() or PrototypeMean(), got {outliers!r}")
+        self.model = model
+        self.outliers = outliers
+        self.index = make_index(index)
+        self.head = head
+        self.early_layer = early_layer
+        self.seed = seed
+        self.metadata: dict[str, Any] = {}
+        self.threshold_: ConformalThreshold | None = None
+        self._state: FittedState | None = None
+        # Checks the names now, and looks for what is not named at the first batch.
+        self._extractor = None if model is None else FeatureExtractor(model, head, early_layer)
+
+    def __repr__(self) -> str:
+        model = None if self.model is None else type(self.model).__name__
+        state = "not fitted"
+        if self._state is not None:
+            info = self._state.info
+            state = f"fitted on {info.n_samples} samples of {info.n_classes} classes"
+            state += ", uses OOD data" if info.uses_ood_data else ""
+            state += f", calibrated at fpr={self.threshold_.fpr:g}" if self.threshold_ else ", not calibrated"
+        return f"GROOD({model}, outliers={self.outliers!r}, index={self.index.spec!r}, seed={self.seed}; {state})"
+
+    # --- Algorithm 1 ---------------------------------------------------------------------------------------------
+
+    def fit(
+        self, loader: Iterable[Any], *, classes: Sequence[int | str] | None = None, progress: Progress = None
+    ) -> Self:
+        """Fit on the classifier's training set, in one pass; only the penultimate features are kept.
+
+        Args:
+            loader: batches (images, labels), with the transform that the classifier is used with, not augmented.
+            classes: the classes that take part, by name or position; None: all. Others' samples are left out.
+            progress: None: a bar on a terminal; False: silence; or a function that wraps an iterable.
+
+        Raises:
+            GroodError: for an empty loader, labels that are missing, out of range or no integers, a class without
+                samples, features that are NaN or infinite, images that the model cannot take. The detector is
+                unchanged then.
+        """
+        extractor = self._need_extractor("fit")
+        started = time.perf_counter()
+        with extractor.evaluation():
+            passed = TrainingPass(extractor, self.outliers, self.seed, getattr(loader, "dataset", None), classes)
+            for batch in track(loader, progress, "fit"):
+                first = passed.n_samples == 0
+                passed.add(*split_batch(batch))
+                if first and passed.n_samples:
+                    _log.info("%s", passed.memory_statement(loader))
+            if passed.n_samples == 0:
+                raise GroodError("the loader gave no training sample; check the path and the loader")
+            context = OutlierContext(
+                class_prototypes=passed.prototypes.means,
+                extractor=extractor,
+                early_prototypes=passed.early_prototypes.means if passed.early_prototypes else None,
+                samples=passed.reservoir.samples(),
+                image_shape=passed.image_shape,
+                channel_range=passed.channel_range,
+                batch_size=passed.batch_size,
+                seed=self.seed,
+                progress=progress,
+            )
+            outlier_features = self.outliers.features(context)
+        state = build_state(
+            self.index,
+            self.seed,
+            chunks=passed.features,
+            labels=torch.cat(passed.rows),
+            predictions=torch.cat(passed.predictions),
+            sample_ids=torch.cat(passed.sample_ids),
+            prototypes=passed.prototypes,
+            classes=passed.classes,
+            class_ids=passed.class_ids,
+            outlier_features=outlier_features,
+            source=self.outliers,
+        )
+        info = replace(
+            state.info,
+            n_left_out=passed.n_left_out,
+            image_shape=passed.image_shape if passed.one_size else (),
+            head=extractor.head,
+            early_layer=extractor.early_layer if self.outliers.uses_early_layer else None,
+            seconds=time.perf_counter() - started,
+        )
+        self._adopt(replace(state, info=info, fingerprint=model_fingerprint(extractor.model)))
+        return self
+
+    def fit_features(
+        self,
+        features: Tensor,
+        labels: Tensor | Sequence[int | str],
+        predictions: Tensor | Sequence[int] | None = None,
+        *,
+        ood_features: Tensor | None = None,
+        classes: Sequence[int | str] | None = None,
+    ) -> Self:
+        """Fit on penultimate features.
+
+        Args:
+            features: (n, d), any float dtype.
+            labels: one a sample, integers 0 … C - 1, or names.
+            predictions: the classifier's classes, as positions in the classes; the gradients of wrongly classified
+                samples are not stored. None: all are stored.
+            ood_features: (m, d); p_ood is their mean. None: as `outliers` says, which must then be PrototypeMean().
+            classes: names of the classes, in the order of the integer labels; None: 0 … the largest label, or the
+                sorted names.
+
+        Raises:
+            GroodError: as `fit`; or if the outlier source needs a model and ood_features is None.
+        """
+        started = time.perf_counter()
+        features = _as_features(features)
+        if classes is None:
+            classes = _classes_of(labels, predictions)
+        prototypes = ClassPrototypes(classes)
+        prototypes.update(features, labels)
+        if prototypes.counts.sum() == 0:
+            raise GroodError("there is no training sample: features has no row")
+        rows = prototypes.rows(labels, len(features))
+        predicted = None if predictions is None else as_labels(predictions, len(features))
+        if ood_features is None:
+            source: OutlierSource = self.outliers
+            outlier_features = source.features(OutlierContext(prototypes.means, seed=self.seed))
+        else:
+            source = _GivenFeatures()
+            outlier_features = _as_features(ood_features)
+            if len(outlier_features) == 0:
+                raise GroodError("ood_features has no row")
+            if outlier_features.shape[1] != features.shape[1]:
+                raise GroodError(
+                    f"ood_features have dimension {outlier_features.shape[1]}, the training features "
+                    f"{features.shape[1]}"
+                )
+        state = build_state(
+            self.index,
+            self.seed,
+            chunks=list(torch.split(features, GRADIENT_ROWS)),
+            labels=rows,
+            predictions=predicted,
+            sample_ids=torch.arange(len(features)),
+            prototypes=prototypes,
+            classes=prototypes.classes,
+            class_ids=torch.arange(len(prototypes.classes)),
+            outlier_features=outlier_features,
+            source=source,
+        )
+        self._adopt(replace(state, info=replace(state.info, seconds=time.perf_counter() - started)))
+        return self
+
+    def _adopt(self, state: FittedState, threshold: ConformalThreshold | None = None) -> None:
+        self._state, self.threshold_ = state, threshold
+
+    # --- Calibration ---------------------------------------------------------------------------------------------
+
+    def calibrate(self, held_out: Tensor | Iterable[Any], fpr: float = 0.05, *, progress: Progress = None) -> Self:
+        """Choose τ so that at most `fpr` of exchangeable ID inputs are called OOD.
+
+        Args:
+            held_out: ID images that the model was not trained on and `fit` has not seen: a tensor, or batches.
+            fpr: false-alarm rate to promise, in (0, 1), at least 1 / (n + 1) for n held-out samples.
+            progress: see `fit`.
+
+        Raises:
+            GroodError: for an fpr that cannot be promised, or images that cannot be scored.
+        """
+        found = self._over_batches(held_out, lambda images: self._neighbors(images)[1], progress, "calibrate")
+        self._calibrate(torch.cat([neighbors.log_distance for neighbors in found]), fpr)
+        return self
+
+    def calibrate_features(self, features: Tensor, fpr: float = 0.05) -> Self:
+        """As `calibrate`, from penultimate features (n, d)."""
+        self._calibrate(self._neighbors_of_features(_as_features(features))[0].log_distance, fpr)
+        return self
+
+    def _calibrate(self, log_scores: Tensor, fpr: float) -> None:
+        n_seen = int((log_scores == -torch.inf).sum())
+        if n_seen:
+            warnings.warn(
+                f"{n_seen} of {len(log_scores)} calibration samples score exactly 0: `fit` has seen them. A threshold "
+                "from training samples promises nothing; calibrate on held-out samples.",
+                UserWarning,
+                stacklevel=3,
+            )
+        self.threshold_ = ConformalThreshold.fit(log_scores, fpr)
+
+    # --- Algorithm 2 ---------------------------------------------------------------------------------------------
+
+    def score(self, images: Tensor | Iterable[Any], *, progress: Progress = None) -> Tensor:
+        """S(x): how far the gradient of each image is from all training gradients.
+
+        Args:
+            images: a tensor (n, ...), or batches; labels in them are ignored.
+            progress: see `fit`.
+
+        Returns:
+            float64 (n,), higher = more OOD, in the paper's units.
+        """
+        return self.log_score(images, progress=progress).exp()
+
+    def log_score(self, images: Tensor | Iterable[Any], *, progress: Progress = None) -> Tensor:
+        """Log S(x), float64 (n,): the same order, and no underflow for features of large scale."""
+        found = self._over_batches(images, lambda batch: self._neighbors(batch)[1], progress, "score")
+        return torch.cat([neighbors.log_distance.flatten() for neighbors in found])
+
+    def score_features(self, features: Tensor) -> Tensor:
+        """As `score`, from penultimate features (n, d)."""
+        return self.log_score_features(features).exp()
+
+    def log_score_features(self, features: Tensor) -> Tensor:
+        """As `log_score`, from penultimate features (n, d)."""
+        return self._neighbors_of_features(_as_features(features))[0].log_distance.flatten()
+
+    def predict(self, images: Tensor | Iterable[Any], *, progress: Progress = None) -> Prediction:
+        """Score, p-value, decision and labels of each image.
+
+        Args:
+            images: a tensor (n, ...), or batches; labels in them are ignored.
+            progress: see `fit`.
+
+        Raises:
+            NotFittedError: before `calibrate`; `score` works without.
+        """
+        self._need_threshold()
+
+        def predict_batch(batch: Tensor) -> Prediction:
+            extraction, neighbors, nearest = self._neighbors(batch)
+            return self._prediction(neighbors, nearest, extraction.logits.argmax(1).cpu())
+
+        found = self._over_batches(images, predict_batch, progress, "predict")
+        return Prediction(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def predict_features(self, features: Tensor, predictions: Tensor | Sequence[int] | None = None) -> Prediction:
+        """As `predict`, from penultimate features (n, d) and, if known, the classifier's classes (n,)."""
+        self._need_threshold()
+        features = _as_features(features)
+        label = None if predictions is None else as_labels(predictions, len(features))
+        return self._prediction(*self._neighbors_of_features(features), label)
+
+    def _prediction(self, neighbors: Neighbors, nearest: Tensor, label: Tensor | None) -> Prediction:
+        state, threshold = self._need_state(), self._need_threshold()
+        log_score = neighbors.log_distance.flatten().cpu()
+        return Prediction(
+            score=log_score.exp(),
+            p_value=threshold.p_values(log_score),
+            is_ood=threshold.is_ood(log_score),
+            label=label,
+            prototype_label=state.class_ids[nearest],
+            neighbor=state.sample_ids[neighbors.row.flatten().cpu()],
+        )
+
+    def extract(self, images: Tensor | Iterable[Any], *, progress: Progress = None) -> Extraction:
+        """Penultimate features, logits and labels (if the batches have them) of a whole data set, on the CPU.
+
+        Args:
+            images: a tensor (n, ...), or batches.
+            progress: see `fit`.
+        """
+        extractor = self._need_extractor("extract")
+        labels: list[Tensor | None] = []
+        parts: list[Extraction] = []
+        with extractor.evaluation():
+            for batch in track(as_loader(images), progress, "extract"):
+                batch_images, batch_labels = split_batch(batch)
+                if len(batch_images):
+                    found = extractor(batch_images)
+                    parts.append(Extraction(found.features.cpu(), found.logits.cpu()))
+                    labels.append(None if batch_labels is None else as_labels(batch_labels, len(batch_images)))
+        if not parts:
+            raise GroodError("the loader gave no image; check the path and the loader")
+        known = [label for label in labels if label is not None]
+        return Extraction(
+            torch.cat([part.features for part in parts]),
+            torch.cat([part.logits for part in parts]),
+            torch.cat(known) if len(known) == len(parts) else None,
+        )
+
+    def _neighbors(self, images: Tensor) -> tuple[Extraction, Neighbors, Tensor]:
+        """One batch of images: what the model says, the nearest gradient, the nearest prototype's row."""
+        state = self._need_state()
+        extractor = self._need_extractor("score")
+        expected = state.info.image_shape
+        if expected and tuple(images.shape[1:]) != expected:
+            raise GroodError(
+                f"images of shape {tuple(images.shape[1:])} cannot be scored: the detector was fitted on images of "
+                f"shape {expected}. Apply the same transform to all."
+            )
+        extraction = extractor(images)
+        return extraction, *self._neighbors_of_features(extraction.features)
+
+    def _neighbors_of_features(self, features: Tensor) -> tuple[Neighbors, Tensor]:
+        state = self._need_state()
+        neighbors, nearest = [], []
+        for part in torch.split(features, GRADIENT_ROWS):
+            geometry = state.gradient_field(part.cpu())
+            neighbors.append(state.searcher.search(geometry.gradients))
+            nearest.append(geometry.nearest)
+        if not neighbors:
+            raise GroodError("there is no sample to score")
+        return Neighbors(*(torch.cat(parts) for parts in zip(*neighbors, strict=True))), torch.cat(nearest)
+
+    def _over_batches(
+        self, images: Tensor | Iterable[Any], of_batch: Callable[[Tensor], Any], progress: Progress, description: str
+    ) -> list[Any]:
+        self._need_state()
+        extractor = self._need_extractor(description)
+        found = []
+        with extractor.evaluation():
+            for batch in track(as_loader(images), progress, description):
+                batch_images, _ = split_batch(batch)
+                if len(batch_images):
+                    found.append(of_batch(batch_images))
+        if not found:
+            raise GroodError(f"there is no image to {description}; check the path and the loader")
+        return found
+
+    # --- Fitted attributes and storage ---------------------------------------------------------------------------
+
+    @property
+    def classes_(self) -> tuple[int | str, ...]:
+        """Names of the classifier's classes; labels are positions in it."""
+        return self._need_state().classes
+
+    @property
+    def class_prototypes_(self) -> Tensor:
+        """eq. 7, float64 (C, d)."""
+        return self._need_state().class_prototypes
+
+    @property
+    def ood_prototype_(self) -> Tensor:
+        """eq. 8, float64 (d,)."""
+        return self._need_state().ood_prototype
+
+    @property
+    def fit_info_(self) -> FitInfo:
+        """See `FitInfo`."""
+        return self._need_state().info
+
+    @property
+    def index_quality_(self) -> IndexQuality | None:
+        """Measured recall of an approximate index; None for exact search."""
+        return self._need_state().searcher.quality
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted detector to one file, atomically: see `torch_grood.storage`."""
+        from torch_grood import storage
+
+        storage.save(Path(path), self, self._need_state())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> Self:
+        """Read a detector.
+
+        Args:
+            path: a file that `save` wrote.
+            model: the model that it was fitted on; None: for use on features alone.
+
+        Raises:
+            FormatError: if the file is truncated, altered, of a newer format, or no detector file.
+            ModelMismatchError: if the model is not the one that the detector was fitted on.
+        """
+        from torch_grood import storage
+
+        stored = storage.load(Path(path))
+        info = stored.state.info
+        detector = cls(
+            model,
+            outliers=stored.outliers,
+            index=stored.index,
+            head=None if model is None else _existing(model, info.head),
+            early_layer=None if model is None else _existing(model, info.early_layer),
+            seed=stored.seed,
+        )
+        if model is not None:
+            _check_model(model, stored.state.fingerprint, path)
+        detector.metadata = stored.metadata
+        detector._adopt(stored.state, stored.threshold)
+        return detector
+
+    def _need_state(self) -> FittedState:
+        if self._state is None:
+            raise NotFittedError(
+                "this detector is not fitted; call fit(loader) or fit_features(features, labels) first"
+            )
+        return self._state
+
+    def _need_threshold(self) -> ConformalThreshold:
+        self._need_state()
+        if self.threshold_ is None:
+            raise NotFittedError(
+                "this detector is not calibrated, so it cannot decide; call calibrate(held_out, fpr=0.05) first, "
+                "or use score(), which needs no threshold"
+            )
+        return self.threshold_
+
+    def _need_extractor(self, what: str) -> FeatureExtractor:
+        if self._extractor is None:
+            raise GroodError(
+                f"this detector has no model; use the method for features ({what}_features), or GROOD(model)"
+            )
+        return self._extractor
+
+
+@dataclass(frozen=True)
+class _GivenFeatures(OutlierSource):
+    """Features that the caller passed as ood_features: whether real or synthetic, only the caller knows."""
+
+    uses_ood_data = True
+
+    def features(self, context: OutlierContext) -> Tensor:
+        raise GroodError("pass ood_features=… again to fit another time")
+
+    def config(self) -> dict[str, Any]:
+        return {"name": "ood_features"}
+
+
+def _as_features(features: Any) -> Tensor:
+    tensor = torch.as_tensor(features).detach()
+    if tensor.ndim != 2 or not tensor.is_floating_point():
+        raise GroodError(f"expected features (n, d) of a float dtype, got {tuple(tensor.shape)} of {tensor.dtype}")
+    return tensor
+
+
+def _classes_of(labels: Any, predictions: Any) -> Sequence[int | str]:
+    """Classes from the labels: the sorted names, or 0 … the largest integer in use."""
+    if not isinstance(labels, Tensor) and any(isinstance(label, str) for label in labels):
+        return sorted({str(label) for label in labels})
+    largest = int(as_labels(labels, len(labels)).max()) if len(labels) else 0
+    if predictions is not None and len(predictions):
+        largest = max(largest, int(as_labels(predictions, len(predictions)).max()))
+    return range(largest + 1)
+
+
+def _existing(model: nn.Module, name: str | None) -> str | None:
+    """The stored name of a layer, if the model has it; a model that lacks it fails the comparison of fingerprints."""
+    from torch_grood.features import unwrap
+
+    return name if name in dict(unwrap(model).named_modules()) else None
+
+
+def _check_model(model: nn.Module, expected: ModelFingerprint | None, path: str | os.PathLike[str]) -> None:
+    if expected is None:
+        raise ModelMismatchError(f"{path} was fitted on features, without a model; load it with GROOD.load(path)")
+    actual = model_fingerprint(model)
+    if actual.architecture != expected.architecture:
+        raise ModelMismatchError(
+            f"{path} was fitted on another model: the names, shapes or dtypes of the weights differ. "
+            "Pass the model that it was fitted on, in the same precision."
+        )
+    if actual.weights != expected.weights:
+        raise ModelMismatchError(
+            f"{path} was fitted on the same architecture with other weights; load the weights that it was fitted on, "
+            "or fit again"
+        )

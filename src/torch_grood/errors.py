@@ -1,0 +1,29 @@
+"""The errors that a user can cause, and mend.
+
+Each message says what was given, what was expected and the remedy. The command line prints the message alone and
+exits with status 1; anything that is not a `GroodError` is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FormatError", "GroodError", "MissingDependencyError", "ModelMismatchError", "NotFittedError"]
+
+
+class GroodError(ValueError):
+    """Bad input or misuse, with the remedy in its message."""
+
+
+class NotFittedError(GroodError):
+    """A detector was asked to score before `fit`, or to decide before `calibrate`."""
+
+
+class FormatError(GroodError):
+    """A detector file is truncated, altered, of a newer format, or no detector file at all."""
+
+
+class ModelMismatchError(GroodError):
+    """A detector file was fitted on another model than the one it is loaded with."""
+
+
+class MissingDependencyError(GroodError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""

@@ -1,0 +1,28 @@
+"""Nearest training gradients: S(x) = min over training x' of ‖∇(x) - ∇(x')‖₂ (Algorithm 2).
+
+An index specification (`ExactIndex`, `FaissIndex`) is plain, immutable configuration; its `build` returns a searcher
+over the given gradients. Every searcher returns true distances: an approximate one may miss the nearest row, but
+what it returns is re-scored from the gradients themselves.
+"""
+
+from torch_grood.neighbors.base import (
+    GradientIndex,
+    GradientSearcher,
+    IndexQuality,
+    Neighbors,
+    log_distance,
+    make_index,
+)
+from torch_grood.neighbors.exact import ExactIndex
+from torch_grood.neighbors.faiss import FaissIndex
+
+__all__ = [
+    "ExactIndex",
+    "FaissIndex",
+    "GradientIndex",
+    "GradientSearcher",
+    "IndexQuality",
+    "Neighbors",
+    "log_distance",
+    "make_index",
+]

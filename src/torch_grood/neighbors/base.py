@@ -1,0 +1,151 @@
+"""What every index over gradients has in common: the interface, and the distance itself.
+
+Gradients are π·u with log π between -1e4 and 0, so that distances are given as logarithms: no distance underflows, and
+the order of the scores is kept at every feature scale.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_grood.errors import GroodError
+from torch_grood.gradients import PolarGradients
+
+__all__ = [
+    "GradientIndex",
+    "GradientSearcher",
+    "IndexQuality",
+    "Neighbors",
+    "log_distance",
+    "make_index",
+    "nearest_pairs",
+]
+
+
+class Neighbors(NamedTuple):
+    """The k nearest stored gradients of n queries, nearest first; among equals the lowest row first.
+
+    Attributes:
+        log_distance: log ‖q - g‖₂, float64 (n, k); -inf for a gradient equal to the query.
+        row: position in the stored gradients, int64 (n, k).
+    """
+
+    log_distance: Tensor
+    row: Tensor
+
+
+@dataclass(frozen=True)
+class IndexQuality:
+    """How near an approximate index comes to exact search, on stored gradients with their own row left out.
+
+    Attributes:
+        recall_at_1: share of queries whose true nearest gradient was found.
+        score_inflation: mean of distance found / true distance, 1 for exact search.
+        n_queries: queries that were measured.
+    """
+
+    recall_at_1: float
+    score_inflation: float
+    n_queries: int
+
+
+class GradientSearcher(ABC):
+    """An index over stored gradients.
+
+    Attributes:
+        gradients: the stored gradients: log_magnitude float64 (N,), direction float32 (N, d).
+        quality: measured at `build`, None for exact search.
+    """
+
+    gradients: PolarGradients
+    quality: IndexQuality | None = None
+
+    @abstractmethod
+    def search(self, queries: PolarGradients, k: int = 1) -> Neighbors:
+        """Find the k nearest stored gradients of each query.
+
+        Args:
+            queries: n gradients; directions are rounded to float32, as the stored ones are.
+            k: 1 ≤ k ≤ N.
+
+        Raises:
+            GroodError: for k out of range.
+        """
+
+    def _check_k(self, k: int) -> None:
+        if not 1 <= k <= len(self.gradients.log_magnitude):
+            raise GroodError(
+                f"asked for k={k} neighbours among {len(self.gradients.log_magnitude)} stored gradients; "
+                "k must be at least 1 and at most the number stored"
+            )
+
+
+class GradientIndex(ABC):
+    """Configuration of an index; immutable, so that it can be a default argument and be stored in a file."""
+
+    @property
+    @abstractmethod
+    def spec(self) -> str:
+        """The string that `make_index` takes."""
+
+    @abstractmethod
+    def build(self, gradients: PolarGradients, *, seed: int = 0) -> GradientSearcher:
+        """Index `gradients`: log_magnitude float64 (N,), direction float32 (N, d), N ≥ 1."""
+
+
+def make_index(index: str | GradientIndex) -> GradientIndex:
+    """Return the index for "exact", or for a faiss factory string such as "IVF1024,Flat"."""
+    from torch_grood.neighbors.exact import ExactIndex
+    from torch_grood.neighbors.faiss import FaissIndex
+
+    if isinstance(index, GradientIndex):
+        return index
+    if not isinstance(index, str) or not index.strip():
+        raise GroodError(f"index must be 'exact', a faiss factory string or a GradientIndex, got {index!r}")
+    return ExactIndex() if index == "exact" else FaissIndex(index)
+
+
+def log_distance(queries: PolarGradients, stored: PolarGradients) -> Tensor:
+    """Log ‖q - g‖₂ of m pairs of gradients, float64 (m,); -inf where they are equal.
+
+    Computed from the difference of the vectors, in float64, in units of the larger of the two: nothing cancels but what
+    the float32 directions have in common, and nothing underflows.
+    """
+    unit = torch.maximum(queries.log_magnitude, stored.log_magnitude)
+    query_size = (queries.log_magnitude - unit).exp()
+    stored_size = (stored.log_magnitude - unit).exp()
+    difference = queries.direction.double() * query_size[:, None] - stored.direction.double() * stored_size[:, None]
+    return unit + difference.square_().sum(1).log_().mul_(0.5)
+
+
+def nearest_pairs(
+    queries: PolarGradients, stored: PolarGradients, query: Tensor, row: Tensor, k: int, byte_budget: int
+) -> Neighbors:
+    """The k nearest of candidate pairs (query, row), at least k of each query, by their true distance.
+
+    Args:
+        queries: n gradients.
+        stored: N gradients.
+        query: int64 (m,), in 0 … n - 1.
+        row: int64 (m,), in 0 … N - 1.
+        k: neighbours wanted.
+        byte_budget: bytes that the differences may take at a time.
+    """
+    block = max(1, byte_budget // (3 * 8 * stored.direction.shape[1]))
+    distance = torch.cat(
+        [
+            log_distance(queries.take(query[start : start + block]), stored.take(row[start : start + block]))
+            for start in range(0, len(query), block)
+        ]
+    )
+    query_, row_, distance_ = query.cpu().numpy(), row.cpu().numpy(), distance.cpu().numpy()
+    order = np.lexsort((row_, distance_, query_))
+    start = np.searchsorted(query_[order], np.arange(len(queries.log_magnitude)))
+    best = torch.from_numpy(order[start[:, None] + np.arange(k)]).to(query.device)
+    return Neighbors(distance[best], row[best])

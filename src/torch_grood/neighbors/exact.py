@@ -1,0 +1,135 @@
+"""The true nearest gradients: a float32 matrix product proposes, float64 differences decide.
+
+With a = ‖q‖, b = ‖g‖ and unit directions, ‖q - g‖² = a² + t with t = b² - 2ab·cos, and t alone orders the rows. The
+matrix product gives cos with a rounding error of at most γ (standard error analysis of an inner product of d terms),
+hence t with an error of at most e = 2ab·γ + b²·ε, which stays small where b ≪ a, as it is for an outlier among the
+training gradients. A row is a candidate if its lower bound t - e is not above t + e of the k best rows found so far;
+no other row can be among the k nearest. The few candidates are decided by their true distances (`log_distance`), which
+do not depend on the tile or the batch: the result is exact, and a query gets the same bits alone or among thousands.
+
+Magnitudes may differ by hundreds of orders. All arithmetic is in units of e^s for groups of queries that have one
+scale: a query's k-th nearest distance is at most ‖q‖ + b_(k), with b_(k) the k-th smallest norm stored, so that rows
+beyond 3·max(‖q‖, b_(k)) are too far and, in these units, all others are of moderate size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_grood.errors import GroodError
+from torch_grood.gradients import PolarGradients
+from torch_grood.neighbors.base import GradientIndex, GradientSearcher, Neighbors, nearest_pairs
+
+__all__ = ["ExactIndex"]
+
+# Queries within a factor e^30 share one scale: the squares of magnitudes stay well inside float32.
+_GROUP_SPAN = 30.0
+# Rows larger than e^3 > 3 times a group's scale cannot be among the nearest.
+_FAR = 3.0
+# Relative error of squaring b and of the sum with it, rounded up.
+_EPSILON = 2.0**-20
+_TILE_QUERIES = 256
+_TILE_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class ExactIndex(GradientIndex):
+    """Exact search in torch, on any device.
+
+    Args:
+        byte_budget: working memory that a search may take beyond the gradients.
+        device: where the gradients are kept and searched; None: where they come from.
+    """
+
+    byte_budget: int = 256 * 2**20
+    device: str | None = None
+
+    @property
+    def spec(self) -> str:
+        """See `GradientIndex.spec`."""
+        return "exact"
+
+    def build(self, gradients: PolarGradients, *, seed: int = 0) -> GradientSearcher:
+        """See `GradientIndex.build`; exact search has nothing random."""
+        if len(gradients.log_magnitude) == 0:
+            raise GroodError("there is no gradient to search; no training sample was classified correctly")
+        device = gradients.direction.device if self.device is None else torch.device(self.device)
+        on_device = PolarGradients(gradients.log_magnitude.to(device), gradients.direction.to(device, torch.float32))
+        return _ExactSearcher(on_device, self.byte_budget)
+
+
+class _ExactSearcher(GradientSearcher):
+    def __init__(self, gradients: PolarGradients, byte_budget: int) -> None:
+        self.gradients = gradients
+        # ‖g‖ = π, but for h = p_ood, where g is the zero vector.
+        self._log_norm = gradients.log_magnitude.masked_fill(~gradients.direction.any(1), -torch.inf)
+        self._byte_budget = byte_budget
+        # Lower and upper bounds, and the product itself, live at once.
+        self._tile_rows = min(_TILE_ROWS, max(64, byte_budget // (4 * 4 * _TILE_QUERIES)))
+
+    @torch.no_grad()
+    def search(self, queries: PolarGradients, k: int = 1) -> Neighbors:
+        self._check_k(k)
+        device = self.gradients.direction.device
+        queries = PolarGradients(queries.log_magnitude.to(device), queries.direction.to(device, torch.float32))
+        n = len(queries.log_magnitude)
+        log_distance = torch.empty(n, k, dtype=torch.float64, device=device)
+        row = torch.empty(n, k, dtype=torch.int64, device=device)
+        smallest = self._log_norm.kthvalue(k).values
+        scale = torch.maximum(queries.log_magnitude, smallest)
+        pending = torch.arange(n, device=device)
+        while len(pending):
+            unit = float(scale[pending].max())
+            in_group = scale[pending] > unit - _GROUP_SPAN
+            for group in torch.split(pending[in_group], _TILE_QUERIES):
+                found = self._search_group(queries.take(group), k, unit)
+                log_distance[group], row[group] = found
+            pending = pending[~in_group]
+        return Neighbors(log_distance, row)
+
+    def _search_group(self, queries: PolarGradients, k: int, unit: float) -> Neighbors:
+        gamma = _product_error(self.gradients.direction.shape[1])
+        a = (queries.log_magnitude - unit).exp().float() * queries.direction.any(1)
+        scaled = queries.direction * (-2 * a)[:, None]
+        slack = 2 * gamma * a[:, None]
+        upper = torch.full_like(a, torch.inf)
+        candidates: list[tuple[Tensor, Tensor, Tensor]] = []
+        n_candidates = 0
+        # A candidate takes two int64 and a float here and its two rows later; queries that tie with everything
+        # (duplicated rows) are searched in smaller groups.
+        most = max(len(self.gradients.log_magnitude), self._byte_budget // 64)
+        for start in range(0, len(self.gradients.log_magnitude), self._tile_rows):
+            tile = slice(start, start + self._tile_rows)
+            log_norm = self._log_norm[tile]
+            far = log_norm > unit + _FAR
+            b = (log_norm - unit).exp().float().masked_fill_(far, 0.0)
+            b2 = b.square()
+            # t - e = b·(-2a·cos - 2aγ) + b²(1 - ε), in place over one tile.
+            lower = torch.addmm(-slack, scaled, self.gradients.direction[tile].T)
+            lower.mul_(b).add_((b2 * (1 - _EPSILON)).masked_fill_(far, torch.inf))
+            near, nearest = torch.topk(lower, min(k, lower.shape[1]), dim=1, largest=False)
+            if near.shape[1] == k:
+                bound = (near + 2 * (slack * b[nearest] + _EPSILON * b2[nearest])).amax(1)
+                upper = torch.minimum(upper, bound)
+            query, tile_row = (lower <= upper[:, None]).nonzero(as_tuple=True)
+            candidates.append((query, tile_row + start, lower[query, tile_row]))
+            n_candidates += len(query)
+            if n_candidates > most and len(a) > 1:
+                half = len(a) // 2
+                parts = [self._search_group(queries.take(s), k, unit) for s in (slice(None, half), slice(half, None))]
+                return Neighbors(*(torch.cat(pair) for pair in zip(*parts, strict=True)))
+        query, row, bound = (torch.cat(parts) for parts in zip(*candidates, strict=True))
+        keep = bound <= upper[query]
+        return nearest_pairs(queries, self.gradients, query[keep], row[keep], k, self._byte_budget)
+
+
+def _product_error(d: int) -> float:
+    """γ: error bound of cos and of the few roundings after it, for the precision that torch multiplies in."""
+    roundoff = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}[torch.get_float32_matmul_precision()]
+    accumulation = (d + 16) * 2.0**-24
+    # Directions are of unit length only up to the rounding of their d components to float32.
+    return 2 * roundoff + 2 * accumulation + 2.0**-20 + math.sqrt(d) * 2.0**-23

@@ -1,0 +1,337 @@
+"""eq. 8: where the OOD prototype comes from. p_ood is the mean penultimate feature of some outliers.
+
+The paper's synthetic outlier of a training sample x mixes its early activation with the early prototype of the class y'
+that the classifier finds second most likely, and runs the rest of the network on the mix:
+
+    λ · e(x) + (1 - λ) · p_{y'}^early
+
+The other sources are uniform noise, real outliers (which makes OOD data part of the method: everything that reports
+such a detector says so) and the mean of the class prototypes. Sources are immutable configuration; `fit` gives them
+what they ask for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torch_grood._batches import split_batch
+from torch_grood._progress import Progress, track
+from torch_grood.errors import GroodError
+from torch_grood.features import FeatureExtractor
+
+__all__ = [
+    "Mixup",
+    "OutlierContext",
+    "OutlierSamples",
+    "OutlierSource",
+    "PrototypeMean",
+    "SampleReservoir",
+    "TrainingSamples",
+    "UniformNoise",
+    "outlier_source",
+]
+
+# An image is hashed by at most this many of its bytes, spread evenly: enough to tell images apart.
+_HASHED_BYTES = 8192
+
+
+@dataclass(frozen=True)
+class TrainingSamples:
+    """Training samples drawn by seed over the whole training set.
+
+    Attributes:
+        images: (n, ...), as the loader gave them.
+        runner_up: row, among the classes with a prototype, of the second-highest logit, int64 (n,).
+    """
+
+    images: Tensor
+    runner_up: Tensor
+
+
+@dataclass(frozen=True)
+class OutlierContext:
+    """What a source may draw on after the pass over the training set.
+
+    Attributes:
+        class_prototypes: float64 (C, d).
+        extractor: the model, None in features-only use.
+        early_prototypes: float64 (C, ...), if the source asked for them.
+        samples: if the source asked for them.
+        image_shape: shape of one training image.
+        channel_range: least and greatest value of each channel over the training images, each (channels,).
+        batch_size: samples that the model may be given at a time.
+        seed: of the detector.
+        progress: see `torch_grood._progress`.
+    """
+
+    class_prototypes: Tensor
+    extractor: FeatureExtractor | None = None
+    early_prototypes: Tensor | None = None
+    samples: TrainingSamples | None = None
+    image_shape: tuple[int, ...] = ()
+    channel_range: tuple[Tensor, Tensor] | None = None
+    batch_size: int = 64
+    seed: int = 0
+    progress: Progress = None
+
+
+class OutlierSource(ABC):
+    """Where the OOD prototype comes from.
+
+    Attributes:
+        uses_ood_data: real OOD data are part of the detector.
+        uses_early_layer: needs early prototypes, hence an early layer.
+        n_training_samples: training samples that `fit` keeps for it.
+    """
+
+    uses_ood_data: ClassVar[bool] = False
+    uses_early_layer: ClassVar[bool] = False
+
+    @property
+    def n_training_samples(self) -> int:
+        """Training samples that `fit` keeps for this source."""
+        return 0
+
+    @abstractmethod
+    def features(self, context: OutlierContext) -> Tensor:
+        """Penultimate features of the outliers, (m, d), m ≥ 1.
+
+        Raises:
+            GroodError: if the context lacks what the source needs.
+        """
+
+    def config(self) -> dict[str, Any]:
+        """Name and arguments, JSON-able; `outlier_source` makes the source again."""
+        arguments = {item.name: getattr(self, item.name) for item in fields(self) if item.init}  # type: ignore[arg-type]
+        return {"name": type(self).__name__, **arguments}
+
+
+@dataclass(frozen=True)
+class Mixup(OutlierSource):
+    """The paper's synthetic outliers: training samples mixed with the early prototype of their runner-up class.
+
+    Args:
+        n: training samples to mix, drawn by seed over the whole training set; all of them if it has fewer.
+        lam: λ, the weight of the sample itself, in [0, 1]. With 1 the "outliers" are the samples.
+    """
+
+    n: int = 100
+    lam: float = 0.9
+    uses_early_layer: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_count(self.n)
+        if not 0 <= self.lam <= 1:
+            raise GroodError(f"lam is the weight of the sample in the mix, between 0 and 1; got {self.lam}")
+
+    @property
+    def n_training_samples(self) -> int:
+        """See `OutlierSource`."""
+        return self.n
+
+    def features(self, context: OutlierContext) -> Tensor:
+        """See `OutlierSource.features`."""
+        extractor = _extractor(self, context)
+        samples, prototypes = context.samples, context.early_prototypes
+        if samples is None or prototypes is None:
+            raise GroodError("Mixup needs training samples and early prototypes; use it through GROOD.fit")
+        if len(prototypes) < 2:
+            raise GroodError(
+                "Mixup mixes with the second most likely class and there is one class only; use PrototypeMean()"
+            )
+        found = []
+        starts = range(0, len(samples.images), context.batch_size)
+        for start in track(starts, context.progress, "mix"):
+            batch = slice(start, start + context.batch_size)
+            partner = prototypes[samples.runner_up[batch].to(prototypes.device)]
+
+            def mix(early: Tensor, partner: Tensor = partner) -> Tensor:
+                return self.lam * early + (1 - self.lam) * partner.to(early.device, early.dtype)
+
+            found.append(extractor(samples.images[batch], mix).features)
+        return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class UniformNoise(OutlierSource):
+    """Images of uniform noise, blurred; of each 100 the 10 that the classifier is least sure of (least log-sum-exp).
+
+    The noise spans the range of the training images, channel by channel, after the transform: black to white.
+
+    Args:
+        n: noise images to keep.
+    """
+
+    n: int = 100
+
+    def __post_init__(self) -> None:
+        _check_count(self.n)
+
+    def features(self, context: OutlierContext) -> Tensor:
+        """See `OutlierSource.features`."""
+        extractor = _extractor(self, context)
+        if context.channel_range is None:
+            raise GroodError("UniformNoise needs the range of the training images; use it through GROOD.fit")
+        generator = torch.Generator().manual_seed(context.seed)
+        low, high = (bound.view(-1, *[1] * (len(context.image_shape) - 1)) for bound in context.channel_range)
+        kept: list[Tensor] = []
+        for _ in track(range(-(-self.n // 10)), context.progress, "noise"):
+            noise = torch.rand(100, *context.image_shape, generator=generator)
+            if noise.ndim == 4:
+                sigma = float(torch.empty(1).uniform_(0.2, 5.0, generator=generator))
+                noise = _gaussian_blur(noise, sigma)
+            noise = low + (high - low) * noise
+            parts = [extractor(part) for part in torch.split(noise, context.batch_size)]
+            energy = torch.cat([part.logits.double().logsumexp(1) for part in parts])
+            least = energy.argsort(stable=True)[:10].sort().values
+            kept.append(torch.cat([part.features for part in parts])[least])
+        return torch.cat(kept)[: self.n]
+
+
+@dataclass(frozen=True)
+class OutlierSamples(OutlierSource):
+    """Real outliers: the method then uses OOD data, and everything that reports it says so.
+
+    Args:
+        loader: batches of images, or of (images, anything).
+        n: images to use at most; None: all.
+    """
+
+    loader: Iterable[Any] = field(repr=False)
+    n: int | None = None
+    uses_ood_data: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.n is not None:
+            _check_count(self.n)
+
+    def features(self, context: OutlierContext) -> Tensor:
+        """See `OutlierSource.features`."""
+        extractor = _extractor(self, context)
+        found: list[Tensor] = []
+        count = 0
+        for batch in track(self.loader, context.progress, "outliers"):
+            images, _ = split_batch(batch)
+            if self.n is not None:
+                images = images[: self.n - count]
+            if len(images):
+                found.append(extractor(images).features)
+                count += len(images)
+            if count == self.n:
+                break
+        if not found:
+            raise GroodError("the loader of outliers gave no image")
+        return torch.cat(found)
+
+    def config(self) -> dict[str, Any]:
+        """See `OutlierSource.config`; the images themselves are not kept."""
+        return {"name": "OutlierSamples", "n": self.n}
+
+
+@dataclass(frozen=True)
+class PrototypeMean(OutlierSource):
+    """The mean of the class prototypes: no outlier at all, and nothing to choose."""
+
+    def features(self, context: OutlierContext) -> Tensor:
+        """See `OutlierSource.features`."""
+        return context.class_prototypes.mean(0, keepdim=True)
+
+
+def outlier_source(config: dict[str, Any]) -> OutlierSource:
+    """Make the source that `config` describes (see `OutlierSource.config`).
+
+    Raises:
+        GroodError: for an unknown name or arguments.
+    """
+    arguments = dict(config)
+    name = arguments.pop("name", None)
+    if name == "OutlierSamples":
+        # The images are not kept; to fit again takes a new source.
+        return OutlierSamples((), **arguments)
+    known = {source.__name__: source for source in (Mixup, UniformNoise, PrototypeMean)}
+    if name not in known:
+        raise GroodError(f"unknown outlier source {name!r}; known are {', '.join(known)} and OutlierSamples")
+    try:
+        return known[name](**arguments)
+    except TypeError as error:
+        raise GroodError(f"bad arguments of outlier source {name}: {error}") from None
+
+
+class SampleReservoir:
+    """A uniform sample of a stream, the same in whatever order and batches the stream comes.
+
+    Each image gets a pseudo-random priority from its content and the seed; the n least are kept.
+
+    Args:
+        n: samples to keep.
+        seed: another seed draws another sample.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        self._n = n
+        self._key = seed.to_bytes(8, "little", signed=True)
+        self._heap: list[tuple[int, int, Tensor, int]] = []
+        self._count = 0
+
+    def offer(self, images: Tensor, runner_up: Tensor) -> None:
+        """Offer a batch of images (n, ...) with their runner-up classes (n,)."""
+        if self._n == 0:
+            return
+        content = images.detach().flatten(1).cpu()
+        content = content[:, :: max(1, content.shape[1] * content.element_size() // _HASHED_BYTES)].contiguous()
+        rows = content.view(torch.uint8).numpy()
+        for image, row, partner in zip(images, rows, runner_up.tolist(), strict=True):
+            digest = hashlib.blake2b(row.data, digest_size=8, key=self._key).digest()
+            # A heap of the negated priorities has the sample to be replaced next on top.
+            entry = -int.from_bytes(digest, "little")
+            self._count += 1
+            if len(self._heap) < self._n:
+                heapq.heappush(self._heap, (entry, self._count, image.detach().cpu().clone(), partner))
+            elif entry > self._heap[0][0]:
+                heapq.heapreplace(self._heap, (entry, self._count, image.detach().cpu().clone(), partner))
+
+    def samples(self) -> TrainingSamples | None:
+        """The sample, in an order that depends on content and seed alone; None if none was asked for or offered."""
+        if not self._heap:
+            return None
+        entries = sorted(self._heap, key=lambda entry: (-entry[0], entry[1]))
+        return TrainingSamples(torch.stack([e[2] for e in entries]), torch.tensor([e[3] for e in entries]))
+
+
+def _extractor(source: OutlierSource, context: OutlierContext) -> FeatureExtractor:
+    if context.extractor is None:
+        raise GroodError(
+            f"{type(source).__name__} runs the model, and there is none; pass ood_features=… (their mean becomes the "
+            "OOD prototype), or use GROOD(None, outliers=PrototypeMean())"
+        )
+    return context.extractor
+
+
+def _check_count(n: int) -> None:
+    if not isinstance(n, int) or n < 1:
+        raise GroodError(f"n is a number of outliers, at least 1; got {n!r}")
+
+
+def _gaussian_blur(images: Tensor, sigma: float, size: tuple[int, int] = (7, 5)) -> Tensor:
+    """Blur (n, c, h, w) by a separable Gaussian kernel of the given height and width, which the authors' code uses."""
+    for axis, length in zip((2, 3), size, strict=True):
+        if images.shape[axis] < length:
+            continue
+        position = torch.arange(length, dtype=images.dtype) - (length - 1) / 2
+        kernel = torch.softmax(-0.5 * (position / sigma).square(), 0)
+        shape, padding = [1, 1, 1, 1], [0, 0, 0, 0]
+        shape[axis] = length
+        padding[2 * (3 - axis)] = padding[2 * (3 - axis) + 1] = length // 2
+        channels = images.shape[1]
+        weight = kernel.view(shape).expand(channels, 1, *shape[2:])
+        images = functional.conv2d(functional.pad(images, padding, mode="reflect"), weight, groups=channels)
+    return images

@@ -1,0 +1,213 @@
+"""One safe file for a fitted detector: safetensors for the numbers, JSON for the rest. Nothing in it can be executed.
+
+A reader needs no more than the safetensors format: the JSON lies in its header under the key "torch-grood". Tensors:
+
+    class_prototypes  float64 (C, d)     ood_prototype   float64 (d,)      class_ids  int64 (C,)
+    log_magnitude     float64 (N,)       direction       float32 (N, d)    sample_ids int64 (N,)
+    calibration       float64 (n,)       log scores of held-out ID samples, ascending; absent before `calibrate`
+
+A gradient is exp(log_magnitude) · direction. An index of faiss is not stored but built again from the gradients and
+the seed: reading a foreign index would trust its bytes. A file is written whole under another name and then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torch_grood.errors import FormatError, GroodError
+from torch_grood.features import ModelFingerprint
+from torch_grood.gradients import PolarGradients
+from torch_grood.neighbors import ExactIndex, FaissIndex, GradientIndex
+from torch_grood.outliers import OutlierSource, PrototypeMean, outlier_source
+from torch_grood.state import FitInfo, FittedState
+from torch_grood.threshold import ConformalThreshold
+
+if TYPE_CHECKING:
+    from torch_grood.detector import GROOD
+
+__all__ = ["FORMAT_VERSION", "StoredDetector", "load", "save"]
+
+FORMAT_VERSION = 1
+_KEY = "torch-grood"
+_TENSORS: dict[str, tuple[torch.dtype, int]] = {
+    "class_prototypes": (torch.float64, 2),
+    "ood_prototype": (torch.float64, 1),
+    "class_ids": (torch.int64, 1),
+    "log_magnitude": (torch.float64, 1),
+    "direction": (torch.float32, 2),
+    "sample_ids": (torch.int64, 1),
+}
+
+
+@dataclass(frozen=True)
+class StoredDetector:
+    """What a file holds."""
+
+    state: FittedState
+    threshold: ConformalThreshold | None
+    outliers: OutlierSource
+    index: GradientIndex
+    seed: int
+    metadata: dict[str, Any]
+
+
+def save(path: Path, detector: GROOD, state: FittedState) -> None:
+    """Write `detector`, whose fitted state is `state`, to `path`; the old file stays until the new one is whole.
+
+    Raises:
+        GroodError: if the folder cannot be written to, or the metadata are not JSON.
+    """
+    from safetensors.torch import save_file
+
+    import torch_grood
+
+    index = state.index
+    header: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "library_version": torch_grood.__version__,
+        "classes": state.classes,
+        "outliers": detector.outliers.config(),
+        "index": {"spec": index.spec, **(index.config() if isinstance(index, FaissIndex) else {})},
+        "seed": detector.seed,
+        "fingerprint": None if state.fingerprint is None else asdict(state.fingerprint),
+        "fit": asdict(state.info),
+        "fpr": None if detector.threshold_ is None else detector.threshold_.fpr,
+        "metadata": detector.metadata,
+    }
+    tensors: dict[str, Tensor] = {
+        "class_prototypes": state.class_prototypes,
+        "ood_prototype": state.ood_prototype,
+        "class_ids": state.class_ids,
+        "log_magnitude": state.searcher.gradients.log_magnitude,
+        "direction": state.searcher.gradients.direction,
+        "sample_ids": state.sample_ids,
+    }
+    if detector.threshold_ is not None:
+        tensors["calibration"] = detector.threshold_.log_scores
+    try:
+        text = json.dumps(header, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise GroodError(f"the detector's metadata cannot be written as JSON: {error}") from None
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+        save_file(tensors, temporary, metadata={_KEY: text})
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise GroodError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> StoredDetector:
+    """Read and check a file that `save` wrote; tensors are memory-mapped, nothing is executed.
+
+    Raises:
+        FormatError: if the file is truncated, altered, of a newer format, or no detector file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FormatError(f"there is no detector file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if _KEY not in metadata:
+                raise FormatError(f"{path} is a safetensors file, but no detector of torch-grood")
+            header = json.loads(metadata[_KEY])
+            version = header.get("format_version") if isinstance(header, dict) else None
+            if not isinstance(version, int) or version < 1:
+                raise FormatError(f"{path} does not tell the version of its format; it was altered")
+            if version > FORMAT_VERSION:
+                raise FormatError(
+                    f"{path} has format {version}, written by torch-grood {header.get('library_version')}; this "
+                    f"version reads up to {FORMAT_VERSION}. Install a newer torch-grood."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise FormatError(f"{path} is no detector file, or is truncated or altered: {error}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise FormatError(f"{path} cannot be read as a detector: {error}") from None
+    try:
+        return _restore(header, _checked(tensors))
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from None
+    except (GroodError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{path} was altered: {error!r}") from None
+
+
+def _checked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, if they have the right types and fit together."""
+    for name, (dtype, ndim) in _TENSORS.items():
+        if name not in tensors:
+            raise FormatError(f"the tensor {name!r} is missing; the file was altered")
+        if tensors[name].dtype != dtype or tensors[name].ndim != ndim:
+            raise FormatError(f"the tensor {name!r} is {tensors[name].dtype} {tuple(tensors[name].shape)}; altered")
+        if tensors[name].is_floating_point() and not bool(tensors[name].isfinite().all()):
+            raise FormatError(f"the tensor {name!r} holds NaN or infinity; the file was altered")
+    n_classes, d = tensors["class_prototypes"].shape
+    n = len(tensors["log_magnitude"])
+    shapes = [tuple(tensors[name].shape) for name in _TENSORS]
+    if shapes != [(n_classes, d), (d,), (n_classes,), (n,), (n, d), (n,)] or n == 0:
+        raise FormatError(f"the shapes of the tensors do not fit together: {dict(zip(_TENSORS, shapes, strict=True))}")
+    calibration = tensors.get("calibration")
+    if calibration is not None and (
+        calibration.dtype != torch.float64 or calibration.ndim != 1 or bool((calibration.diff() < 0).any())
+    ):
+        raise FormatError("the calibration scores are not in ascending order; the file was altered")
+    return tensors
+
+
+def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredDetector:
+    known = {item.name for item in fields(FitInfo)}
+    fit = {name: value for name, value in header["fit"].items() if name in known}
+    info = FitInfo(**{**fit, "image_shape": tuple(fit["image_shape"])})
+    classes = tuple(header["classes"])
+    class_ids = tensors["class_ids"]
+    if len(class_ids) == 0 or int(class_ids.min()) < 0 or int(class_ids.max()) >= len(classes):
+        raise FormatError(f"the prototypes' classes are not among the {len(classes)} names; the file was altered")
+    arguments = dict(header["index"])
+    spec = arguments.pop("spec")
+    index: GradientIndex = ExactIndex() if spec == "exact" else FaissIndex(spec, **arguments)
+    seed = int(header["seed"])
+    fingerprint = header["fingerprint"]
+    state = FittedState(
+        classes=classes,
+        class_ids=class_ids,
+        class_prototypes=tensors["class_prototypes"],
+        ood_prototype=tensors["ood_prototype"],
+        index=index,
+        searcher=index.build(PolarGradients(tensors["log_magnitude"], tensors["direction"]), seed=seed),
+        sample_ids=tensors["sample_ids"],
+        fingerprint=None if fingerprint is None else ModelFingerprint(**fingerprint),
+        info=info,
+    )
+    threshold = None
+    if header["fpr"] is not None:
+        threshold = ConformalThreshold.fit(tensors["calibration"], header["fpr"])
+    # A source of real outliers, or features that were passed, are not in the file; fitting again needs them again.
+    outliers = header["outliers"]
+    source = outlier_source(outliers) if outliers else PrototypeMean()
+    if not isinstance(header["metadata"], dict):
+        raise FormatError("the metadata are not a JSON object; the file was altered")
+    return StoredDetector(state, threshold, source, index, seed, header["metadata"])
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
