@@ -22,9 +22,12 @@ def require(module: str, *, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
+        missing = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != missing:
             raise
-        package = {"PIL": "pillow", "sklearn": "scikit-learn", "pytorch_ood": "pytorch-ood"}.get(error.name, error.name)
+        package = {"PIL": "pillow", "sklearn": "scikit-learn", "faiss": "faiss-cpu"}.get(
+            missing, missing.replace("_", "-")
+        )
         raise MissingDependencyError(
             f"this needs the package {package}, which is not installed; run: pip install 'torch-grood[{extra}]'",
             name=error.name,

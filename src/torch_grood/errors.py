@@ -25,5 +25,5 @@ class ModelMismatchError(GroodError):
     """A detector file was fitted on another model than the one it is loaded with."""
 
 
-class MissingDependencyError(GroodError, ImportError):
+class MissingDependencyError(ImportError, GroodError):
     """An optional package is not installed; the message names the extra that brings it."""
