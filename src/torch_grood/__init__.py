@@ -3,17 +3,24 @@
 >>> from torch_grood import GROOD
 >>> detector = GROOD(model).fit(train_loader).calibrate(held_out_loader, fpr=0.05)  # doctest: +SKIP
 >>> detector.predict(images).is_ood  # doctest: +SKIP
+
+The names below are imported when they are first used, so that `grood --help` need not wait for torch.
 """
 
-from torch_grood.detector import GROOD, Prediction
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from torch_grood.errors import FormatError, GroodError, MissingDependencyError, ModelMismatchError, NotFittedError
-from torch_grood.features import Extraction, FeatureExtractor
-from torch_grood.gradients import log_ood_probability, ood_gradient
-from torch_grood.neighbors import ExactIndex, FaissIndex
-from torch_grood.outliers import Mixup, OutlierSamples, PrototypeMean, UniformNoise
-from torch_grood.prototypes import ClassPrototypes
-from torch_grood.state import FitInfo
-from torch_grood.threshold import ConformalThreshold
+
+if TYPE_CHECKING:
+    from torch_grood.detector import GROOD, Prediction
+    from torch_grood.features import Extraction, FeatureExtractor
+    from torch_grood.gradients import log_ood_probability, ood_gradient
+    from torch_grood.neighbors import ExactIndex, FaissIndex
+    from torch_grood.outliers import Mixup, OutlierSamples, PrototypeMean, UniformNoise
+    from torch_grood.prototypes import ClassPrototypes
+    from torch_grood.state import FitInfo
+    from torch_grood.threshold import ConformalThreshold
 
 __version__ = "0.1.0"
 
@@ -40,3 +47,33 @@ __all__ = [
     "log_ood_probability",
     "ood_gradient",
 ]
+
+_MODULE_OF = {
+    "GROOD": "detector",
+    "Prediction": "detector",
+    "Extraction": "features",
+    "FeatureExtractor": "features",
+    "log_ood_probability": "gradients",
+    "ood_gradient": "gradients",
+    "ExactIndex": "neighbors",
+    "FaissIndex": "neighbors",
+    "Mixup": "outliers",
+    "OutlierSamples": "outliers",
+    "PrototypeMean": "outliers",
+    "UniformNoise": "outliers",
+    "ClassPrototypes": "prototypes",
+    "FitInfo": "state",
+    "ConformalThreshold": "threshold",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,395 @@
+"""What the commands share: their common options, messages, progress bars, and models and detectors by name.
+
+Everything that is said goes to stderr; stdout carries results only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from torch_grood.errors import GroodError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from torch_grood import GROOD
+    from torch_grood.data import ImageLoader, ImageSource, ImageTransform
+
+_SHOWN = 5
+_MAX_CLASSES = 1_000_000
+
+
+class Device(StrEnum):
+    """Where the model runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+READING, MODEL = "Reading images", "Model"
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="SPEC",
+        help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory. By default the detector's own, "
+        "if it is torchvision's, timm's or torch_grood's.",
+        rich_help_panel=MODEL,
+    ),
+]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        help="Its weights: .safetensors, or a state dict. Without: the pretrained ones.",
+        rich_help_panel=MODEL,
+    ),
+]
+NumClassesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-classes", min=1, help="Its number of outputs; else taken from the weights.", rich_help_panel=MODEL
+    ),
+]
+StoredTransformOption = Annotated[
+    str | None,
+    typer.Option(
+        "--transform",
+        metavar="NAME|FILE",
+        help="Preprocessing, for a detector whose file has none: cifar10, cifar100, imagenet or a .json file.",
+        rich_help_panel=MODEL,
+    ),
+]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where the model runs.", rich_help_panel=MODEL)]
+RootOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--root",
+        metavar="DIR",
+        help="What the paths of image lists are relative to; else looked for near the list.",
+        rich_help_panel=READING,
+    ),
+]
+BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.", rich_help_panel=READING)]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=0,
+        help="Processes that read files; 0: none. Default: one a CPU, at most 8.",
+        rich_help_panel=READING,
+    ),
+]
+SkipBadOption = Annotated[
+    bool,
+    typer.Option("--skip-bad", help="Leave unreadable images out, and count them.", rich_help_panel=READING),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
+
+
+def plain(text: object) -> str:
+    """Text in one line that cannot steer a terminal: it may come from a file name or a detector file."""
+    return "".join(char if char.isprintable() else " " if char == "\n" else repr(char)[1:-1] for char in str(text))
+
+
+def shorten(items: Sequence[object], separator: str = ", ") -> str:
+    """The first few items."""
+    return separator.join(map(str, items[:_SHOWN])) + (f"{separator}…" if len(items) > _SHOWN else "")
+
+
+# --- Saying -----------------------------------------------------------------------------------------------------------
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]] | Literal[False]
+
+
+class Reporter:
+    """Messages and progress bars on stderr."""
+
+    def __init__(self, console: Console, bars: Any | None, quiet: bool) -> None:
+        self._console = console
+        self._bars = bars
+        self._quiet = quiet
+
+    def say(self, message: object) -> None:
+        """A line, unless the user wants quiet."""
+        if not self._quiet:
+            self._print(plain(message))
+
+    def warn(self, message: object) -> None:
+        """A line that quiet does not suppress."""
+        self._print(f"warning: {plain(message)}", style="yellow")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def progress(self, *descriptions: str) -> Progress:
+        """For a detector's `progress`: a bar for each loop it runs through, the last description for all others."""
+        if self._bars is None:
+            return False
+        bars, names = self._bars, list(descriptions)
+
+        def wrap(batches: Iterable[Any]) -> Iterator[Any]:
+            name = names.pop(0) if len(names) > 1 else names[0]
+            task = bars.add_task(name, total=len(batches) if isinstance(batches, Sized) else None)
+            try:
+                for batch in batches:
+                    yield batch
+                    bars.advance(task)
+            finally:
+                bars.stop_task(task)
+
+        return wrap
+
+
+@contextmanager
+def reporting(quiet: bool) -> Iterator[Reporter]:
+    """While it lasts, the library's log and warnings come as lines on stderr, above the progress bars."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    show_bars = console.is_terminal and not quiet
+    bars = Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("batches"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not show_bars,
+    )
+    reporter = Reporter(console, bars if show_bars else None, quiet)
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            (reporter.warn if record.levelno >= logging.WARNING else reporter.say)(record.getMessage())
+
+    def show_warning(message: Warning | str, *rest: object, **more: object) -> None:
+        reporter.warn(message)
+
+    log, handler = logging.getLogger("torch_grood"), Handler()
+    level, propagate = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        with warnings.catch_warnings(), bars:
+            warnings.filterwarnings("always", category=UserWarning, module="torch_grood")
+            warnings.showwarning = show_warning
+            yield reporter
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+def report_bad(loader: ImageLoader, reporter: Reporter) -> None:
+    """Say which files were left out."""
+    if loader.bad:
+        shown = shorten([f"{path} ({reason})" for path, reason in loader.bad], "; ")
+        reporter.warn(f"left out {len(loader.bad)} unreadable of {len(loader.dataset)} images: {shown}")
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def check_output(path: Path) -> None:
+    """Fail before a long run, not after it.
+
+    Raises:
+        GroodError: if the file could not be written.
+    """
+    if path.is_dir():
+        raise GroodError(f"{path} is a folder; give the name of a file in it: {path / 'detector.grood'}")
+    if not path.parent.is_dir():
+        raise GroodError(f"the folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise GroodError(f"the folder {path.parent} cannot be written to; choose another --output")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, which takes its place if the block succeeds."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise GroodError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def source_of(paths: Sequence[str], root: Path | None, labels: Literal["auto", "required", "none"]) -> ImageSource:
+    """The images that arguments stand for; the root concerns the lists among them."""
+    from torch_grood.data import read_source
+
+    lists = root is not None and not all(Path(path).is_dir() for path in paths)
+    return read_source(list(paths), root if lists else None, labels)
+
+
+def held_out_source(paths: Sequence[str], root: Path | None) -> ImageSource:
+    """Images to calibrate on.
+
+    Raises:
+        GroodError: if some are marked as OOD: the threshold is about ID images.
+    """
+    source = source_of(paths, root, "auto")
+    n_ood = 0 if source.labels is None else source.labels.count(-1)
+    if n_ood:
+        raise GroodError(
+            f"{source.origin}: {n_ood} of {len(source)} images have the label −1, OOD; calibrate on in-distribution "
+            "images only, such as the classifier's validation set"
+        )
+    return source
+
+
+# --- Models and detectors ---------------------------------------------------------------------------------------------
+
+
+def to_device(model: nn.Module, device: Device) -> nn.Module:
+    """Move a model.
+
+    Raises:
+        GroodError: if there is no such device.
+    """
+    import torch
+
+    available = {
+        Device.cuda: torch.cuda.is_available(),
+        Device.mps: torch.backends.mps.is_available(),
+        Device.cpu: True,
+    }
+    if device is Device.auto:
+        device = next(name for name, is_there in available.items() if is_there)
+    if not available[device]:
+        raise GroodError(f"PyTorch finds no {device} device here; use --device cpu, or auto")
+    return model.to(device.value)
+
+
+def read_transform(name: str) -> ImageTransform:
+    """A preset by name, or a JSON file.
+
+    Raises:
+        GroodError: if it is neither, or the file does not describe a transform.
+    """
+    from torch_grood.data import PRESETS, ImageTransform
+
+    if name in PRESETS:
+        return PRESETS[name]
+    file = Path(name)
+    if not file.is_file():
+        raise GroodError(f"--transform {name}: neither one of {', '.join(PRESETS)} nor a file")
+    try:
+        return ImageTransform.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise GroodError(f"--transform {name}: {error}") from None
+
+
+def open_detector(
+    path: Path,
+    spec: str | None,
+    weights: Path | None,
+    num_classes: int | None,
+    transform: str | None,
+    device: Device,
+    reporter: Reporter,
+) -> tuple[GROOD, ImageTransform]:
+    """A detector with its model and preprocessing.
+
+    The file may come from anywhere: what it says about its model is followed only as far as no code of its choice runs.
+
+    Raises:
+        GroodError: if the file does not tell how to make the model, or may not; the message tells what to add.
+    """
+    from torch_grood import GROOD
+    from torch_grood.models import is_builtin_spec, load_model
+
+    stored = GROOD.load(path).metadata
+    stored_spec, stored_weights, stored_classes = _stored_model(stored)
+    reasons, options = [], []
+    if spec is None and stored_spec is None:
+        reasons.append("it does not say which model it was fitted on")
+        options.append("--model SPEC")
+    elif spec is None and not is_builtin_spec(str(stored_spec)):
+        reasons.append(f"it was fitted on {stored_spec}, code that a detector file must not start by itself, only you")
+        options.append(f"--model {shlex.quote(str(stored_spec))}")
+    if weights is None and stored_weights is not None:
+        weights = path.parent / stored_weights
+        if weights.is_file():
+            reporter.say(f"using the weights {weights}")
+        else:
+            reasons.append(f"its weights {stored_weights} do not lie beside it")
+            options.append(f"--weights {shlex.quote(f'path/to/{stored_weights}')}")
+    if options:
+        raise GroodError(f"{path}: {' and '.join(reasons)}; add {' '.join(options)}")
+    loaded = load_model(spec or str(stored_spec), weights, stored_classes if num_classes is None else num_classes)
+    detector = GROOD.load(path, to_device(loaded.model, device))
+    return detector, _stored_transform(path, stored, loaded.transform, transform)
+
+
+def _stored_model(metadata: dict[str, Any]) -> tuple[str | None, str | None, int | None]:
+    """Spec, name of the weights file, and number of classes, as far as they are what they should be."""
+    model = metadata.get("model")
+    if not isinstance(model, dict):
+        return None, None, None
+    spec, weights, num_classes = (model.get(key) for key in ("spec", "weights", "num_classes"))
+    return (
+        spec if isinstance(spec, str) else None,
+        # A bare name only: the file must not choose what else of this machine is read.
+        weights
+        if isinstance(weights, str) and weights not in ("", ".", "..") and weights == Path(weights).name
+        else None,
+        num_classes if type(num_classes) is int and 1 <= num_classes <= _MAX_CLASSES else None,
+    )
+
+
+def _stored_transform(
+    path: Path, metadata: dict[str, Any], own: ImageTransform | None, given: str | None
+) -> ImageTransform:
+    from torch_grood.data import ImageTransform
+
+    if "transform" in metadata:
+        if given is not None:
+            raise GroodError(
+                f"{path} brings the preprocessing that it was fitted with, and scores mean nothing with another; "
+                "leave --transform out, or fit again"
+            )
+        try:
+            return ImageTransform.from_dict(metadata["transform"])
+        except GroodError as error:
+            raise GroodError(f"{path}: its transform cannot be used: {error}") from None
+    if given is not None:
+        return read_transform(given)
+    if own is None:
+        raise GroodError(
+            f"{path} does not say how images are prepared for its model; add --transform NAME or --transform FILE.json"
+        )
+    return own

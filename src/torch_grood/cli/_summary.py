@@ -1,0 +1,99 @@
+"""What there is to say about a fitted detector: once as data, once as lines to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch_grood.cli._common import plain, shorten
+
+if TYPE_CHECKING:
+    from torch_grood import GROOD
+
+UNCALIBRATED = "none: it scores, but cannot decide. Run: grood calibrate FILE HELD_OUT_IMAGES"
+
+
+def facts(detector: GROOD, path: Path) -> dict[str, Any]:
+    """JSON-able."""
+    from dataclasses import asdict
+
+    threshold, quality = detector.threshold_, detector.index_quality_
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "classes": list(detector.classes_),
+        "fit": asdict(detector.fit_info_),
+        "index": {"spec": detector.index.spec, "quality": None if quality is None else asdict(quality)},
+        "seed": detector.seed,
+        "threshold": None
+        if threshold is None
+        else {"tau": threshold.tau, "log_tau": threshold.log_tau, "fpr": threshold.fpr, "n": threshold.n},
+        "metadata": detector.metadata,
+    }
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what, value), safe to print."""
+    fit, threshold = found["fit"], found["threshold"]
+    names = [] if found["classes"] == list(range(len(found["classes"]))) else found["classes"]
+    accuracies = f"{_percent(fit['prototype_accuracy'])} nearest prototype"
+    if fit["classifier_accuracy"] is not None:
+        accuracies = f"{_percent(fit['classifier_accuracy'])} classifier, {accuracies}"
+    lines = [
+        ("training images", f"{fit['n_samples']:,}, of which {fit['n_indexed']:,} are stored"),
+        ("classes", f"{fit['n_classes']:,}" + (f": {shorten(names)}" if names else "")),
+        ("accuracy on them", accuracies),
+        ("features", f"{fit['n_features']:,}" + (f", the input of {fit['head']}" if fit["head"] else "")),
+        ("OOD prototype", _outliers(fit)),
+        ("search", _index(found["index"])),
+        ("threshold", UNCALIBRATED if threshold is None else _threshold(threshold)),
+        ("file", f"{found['file']}, {_size(found['bytes'])}"),
+    ]
+    return [(name, plain(value)) for name, value in lines]
+
+
+def stored_rows(metadata: dict[str, Any]) -> list[tuple[str, str]]:
+    """The model and preprocessing that a file names, which may be anything."""
+    from torch_grood.data import ImageTransform
+    from torch_grood.errors import GroodError
+
+    model = metadata.get("model")
+    lines = [("model", "not stored")]
+    if isinstance(model, dict):
+        weights = f", weights {model['weights']}" if model.get("weights") else ""
+        lines = [("model", f"{model.get('spec', 'not stored')}{weights}")]
+    try:
+        lines.append(("transform", str(ImageTransform.from_dict(metadata["transform"]))))
+    except KeyError:
+        lines.append(("transform", "not stored"))
+    except GroodError as error:
+        lines.append(("transform", f"cannot be used: {error}"))
+    return [(name, f"{plain(value):.300}") for name, value in lines]
+
+
+def _outliers(fit: dict[str, Any]) -> str:
+    source = dict(fit["outlier_source"])
+    name = source.pop("name", "?")
+    arguments = ", ".join(f"{key}={value}" for key, value in source.items())
+    text = f"{name}({arguments})"
+    return f"{text}, REAL OOD DATA were used ({fit['n_outliers']:,} images)" if fit["uses_ood_data"] else text
+
+
+def _index(index: dict[str, Any]) -> str:
+    quality = index["quality"]
+    measured = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in (quality or {}).items())
+    return str(index["spec"]) + (f" ({measured})" if measured else "")
+
+
+def _threshold(threshold: dict[str, Any]) -> str:
+    return (
+        f"τ = {threshold['tau']:.6g}: at most {_percent(threshold['fpr'])} false alarms, from {threshold['n']:,} images"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"

@@ -1,0 +1,81 @@
+"""``grood calibrate``: a threshold for a fitted detector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from torch_grood.cli._common import (
+    BatchSizeOption,
+    Device,
+    DeviceOption,
+    ModelOption,
+    NumClassesOption,
+    QuietOption,
+    RootOption,
+    SkipBadOption,
+    StoredTransformOption,
+    WeightsOption,
+    WorkersOption,
+    check_output,
+    held_out_source,
+    open_detector,
+    report_bad,
+    reporting,
+)
+
+__all__ = ["calibrate"]
+
+
+def calibrate(
+    detector: Annotated[Path, typer.Argument(metavar="DETECTOR", help="A .grood file.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGES",
+            help="Held-out in-distribution images: folders, lists or files; none of the training images.",
+        ),
+    ],
+    fpr: Annotated[float, typer.Option("--fpr", help="Share of false alarms to promise.")] = 0.05,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write here; else DETECTOR is replaced.")
+    ] = None,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    num_classes: NumClassesOption = None,
+    transform: StoredTransformOption = None,
+    device: DeviceOption = Device.auto,
+    root: RootOption = None,
+    batch_size: BatchSizeOption = 64,
+    workers: WorkersOption = None,
+    skip_bad: SkipBadOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Give a fitted detector its threshold, or another one.
+
+    Examples:
+        grood calibrate flowers.grood flowers/val
+        grood calibrate flowers.grood val.txt --root images --fpr 0.01
+        grood calibrate flowers.grood flowers/val --output strict.grood --fpr 0.001
+    """
+    target = output or detector
+    check_output(target)
+    from torch_grood.cli._summary import facts, rows
+    from torch_grood.data import image_loader
+
+    source = held_out_source(images, root)
+    with reporting(quiet) as reporter:
+        loaded, prepared = open_detector(detector, model, weights, num_classes, transform, device, reporter)
+        loader = image_loader(
+            source, prepared, batch_size=batch_size, workers=workers, on_bad="skip" if skip_bad else "raise"
+        )
+        try:
+            loaded.calibrate(loader, fpr, progress=reporter.progress("calibrating"))
+        finally:
+            report_bad(loader, reporter)
+        loaded.save(target)
+    if not quiet:
+        summary = dict(rows(facts(loaded, target)))
+        typer.echo(f"wrote {summary['file']}\nthreshold: {summary['threshold']}")

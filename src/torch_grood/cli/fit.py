@@ -1,0 +1,297 @@
+"""``grood fit``: from a classifier and its training images to a detector file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from torch_grood.cli._common import (
+    MODEL,
+    BatchSizeOption,
+    Device,
+    DeviceOption,
+    NumClassesOption,
+    QuietOption,
+    Reporter,
+    RootOption,
+    SkipBadOption,
+    WeightsOption,
+    WorkersOption,
+    check_output,
+    held_out_source,
+    read_transform,
+    report_bad,
+    reporting,
+    shorten,
+    source_of,
+    to_device,
+)
+from torch_grood.errors import GroodError
+
+if TYPE_CHECKING:
+    from torch_grood import FitInfo
+    from torch_grood.data import ImageLoader, ImageSource, ImageTransform
+    from torch_grood.models import LoadedModel
+    from torch_grood.outliers import OutlierSource
+
+__all__ = ["fit"]
+
+OUTLIERS = "Method"
+
+
+class _Outliers(StrEnum):
+    mixup = "mixup"
+    noise = "noise"
+    mean = "mean"
+    samples = "samples"
+
+
+def fit(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            metavar="SPEC",
+            help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.",
+            rich_help_panel=MODEL,
+        ),
+    ],
+    train: Annotated[
+        str,
+        typer.Option(
+            "--train",
+            metavar="DIR|LIST",
+            help="The classifier's training images: a folder of class folders, or a list of lines 'path label'.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The detector file to write.")],
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="DIR|LIST",
+            help="Held-out in-distribution images for the threshold; without them the detector cannot decide.",
+        ),
+    ] = None,
+    fpr: Annotated[float, typer.Option("--fpr", help="Share of false alarms to promise.")] = 0.05,
+    classes: Annotated[
+        str | None,
+        typer.Option("--classes", metavar="A,B,…", help="Only these classes take part; names or numbers."),
+    ] = None,
+    weights: WeightsOption = None,
+    num_classes: NumClassesOption = None,
+    device: DeviceOption = Device.auto,
+    transform: Annotated[
+        str | None,
+        typer.Option(
+            "--transform",
+            metavar="NAME|FILE",
+            help="The model's preprocessing: cifar10, cifar100, imagenet or a .json file. torchvision's and timm's "
+            "models bring their own.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    resize: Annotated[
+        int | None, typer.Option("--resize", min=1, help="Of it: the shorter side.", rich_help_panel=MODEL)
+    ] = None,
+    crop: Annotated[
+        int | None, typer.Option("--crop", min=1, help="Of it: the centre crop.", rich_help_panel=MODEL)
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option("--mean", metavar="R,G,B", help="Of it: in 0 … 1.", rich_help_panel=MODEL)
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option("--std", metavar="R,G,B", help="Of it: in 0 … 1.", rich_help_panel=MODEL)
+    ] = None,
+    outliers: Annotated[
+        _Outliers, typer.Option("--outliers", help="Where the OOD prototype comes from.", rich_help_panel=OUTLIERS)
+    ] = _Outliers.mixup,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="Number of outliers.", rich_help_panel=OUTLIERS)] = None,
+    lam: Annotated[
+        float | None,
+        typer.Option("--lam", help="mixup: weight of the sample in the mix.", rich_help_panel=OUTLIERS),
+    ] = None,
+    ood: Annotated[
+        str | None,
+        typer.Option("--ood", metavar="DIR|LIST", help="samples: real OOD images.", rich_help_panel=OUTLIERS),
+    ] = None,
+    index: Annotated[
+        str,
+        typer.Option(
+            "--index", metavar="exact|FACTORY", help="Search: exact, or a faiss factory.", rich_help_panel=OUTLIERS
+        ),
+    ] = "exact",
+    head: Annotated[
+        str | None,
+        typer.Option("--head", metavar="LAYER", help="The model's last layer, if not found.", rich_help_panel=OUTLIERS),
+    ] = None,
+    early_layer: Annotated[
+        str | None,
+        typer.Option(
+            "--early-layer", metavar="LAYER", help="mixup: where to mix, if not found.", rich_help_panel=OUTLIERS
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of everything random.", rich_help_panel=OUTLIERS)] = 0,
+    root: RootOption = None,
+    batch_size: BatchSizeOption = 64,
+    workers: WorkersOption = None,
+    skip_bad: SkipBadOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Fit a detector for a classifier and write it to a file.
+
+    Examples:
+        grood fit --model torchvision:resnet50 --train in/train --calibrate in/val -o in.grood
+        grood fit --model nets.py:net --weights w.pt --transform cifar10 --train train.txt -o c.grood
+        grood fit --model timm:resnet18 --train dogs --outliers samples --ood cats -o d.grood
+    """
+    check_output(output)
+    from torch_grood import GROOD
+    from torch_grood.cli._summary import facts, rows
+    from torch_grood.data import image_loader
+    from torch_grood.models import load_model
+
+    if calibrate is not None and not 0 < fpr < 1:
+        raise GroodError(f"--fpr is the share of false alarms, between 0 and 1; got {fpr}")
+    source = source_of([train], root, "required")
+    held_out = None if calibrate is None else held_out_source([calibrate], root)
+    if held_out is not None:
+        _check_apart(source, held_out)
+    loaded = load_model(model, weights, num_classes)
+    if source.classes is None and loaded.classes is not None:
+        source = replace(source, classes=loaded.classes)
+    prepared = _transform(loaded, transform, resize, crop, mean, std)
+
+    def loader_of(images: ImageSource) -> ImageLoader:
+        return image_loader(
+            images, prepared, batch_size=batch_size, workers=workers, on_bad="skip" if skip_bad else "raise"
+        )
+
+    outlier_images = None if ood is None else loader_of(source_of([ood], root, "none"))
+    detector = GROOD(
+        to_device(loaded.model, device),
+        outliers=_outlier_source(outliers, n, lam, outlier_images),
+        index=index,
+        head=head,
+        early_layer=early_layer,
+        seed=seed,
+    )
+    with reporting(quiet) as reporter:
+        reporter.say(f"model: {loaded.spec}, on {next(iter(loaded.model.parameters())).device}")
+        reporter.say(f"preprocessing: {prepared}")
+        reporter.say(f"training images: {len(source):,} from {source.origin}")
+        _run(
+            detector.fit,
+            loader_of(source),
+            reporter,
+            progress=reporter.progress("fitting", "outliers"),
+            classes=None if classes is None else _classes(classes, source),
+        )
+        if outlier_images is not None:
+            report_bad(outlier_images, reporter)
+        _check_accuracy(detector.fit_info_, reporter)
+        if held_out is not None:
+            reporter.say(f"calibration images: {len(held_out):,} from {held_out.origin}")
+            _run(detector.calibrate, loader_of(held_out), reporter, progress=reporter.progress("calibrating"), fpr=fpr)
+        # The weights' bare name: a path of this machine says nothing on another.
+        stored = {"spec": loaded.spec, "weights": None if weights is None else weights.name, "num_classes": num_classes}
+        detector.metadata.update({"model": stored, "transform": prepared.to_dict()})
+        detector.save(output)
+    if not quiet:
+        for name, value in rows(facts(detector, output)):
+            typer.echo(f"{name:<17} {value}")
+
+
+def _run(method: Any, loader: ImageLoader, reporter: Reporter, **options: Any) -> None:
+    try:
+        method(loader, **options)
+    finally:
+        report_bad(loader, reporter)
+
+
+def _transform(
+    loaded: LoadedModel, name: str | None, resize: int | None, crop: int | None, mean: str | None, std: str | None
+) -> ImageTransform:
+    """The user's preprocessing, else the model's own; a guess would give scores that mean nothing."""
+    from torch_grood.data import PRESETS, ImageTransform
+
+    base = loaded.transform if name is None else read_transform(name)
+    changes: dict[str, Any] = {
+        key: value
+        for key, value in {
+            "resize": resize,
+            "crop": crop,
+            "mean": None if mean is None else _triple("--mean", mean),
+            "std": None if std is None else _triple("--std", std),
+        }.items()
+        if value is not None
+    }
+    if base is not None:
+        return replace(base, **changes)
+    if mean is None or std is None:
+        raise GroodError(
+            f"{loaded.spec} does not say how its images are prepared; add --transform ({', '.join(PRESETS)} or a .json "
+            "file), or --resize, --crop, --mean and --std, as in the model's training"
+        )
+    return ImageTransform(resize, crop, "bilinear", changes["mean"], changes["std"])
+
+
+def _triple(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise GroodError(f"{option} must be three numbers such as 0.485,0.456,0.406; got {text!r}") from None
+
+
+def _outlier_source(kind: _Outliers, n: int | None, lam: float | None, images: ImageLoader | None) -> OutlierSource:
+    from torch_grood import Mixup, OutlierSamples, PrototypeMean, UniformNoise
+
+    if lam is not None and kind is not _Outliers.mixup:
+        raise GroodError(f"--lam belongs to --outliers mixup, not to {kind}; leave it out")
+    if images is not None and kind is not _Outliers.samples:
+        raise GroodError(f"--ood belongs to --outliers samples, not to {kind}; add --outliers samples or leave it out")
+    if n is not None and kind is _Outliers.mean:
+        raise GroodError("--outliers mean uses no outliers; leave --n out")
+    count = {} if n is None else {"n": n}
+    if kind is _Outliers.mixup:
+        return Mixup(**count, **({} if lam is None else {"lam": lam}))  # type: ignore[arg-type]
+    if kind is _Outliers.noise:
+        return UniformNoise(**count)
+    if kind is _Outliers.mean:
+        return PrototypeMean()
+    if images is None:
+        raise GroodError("--outliers samples needs real OOD images; add --ood DIR")
+    return OutlierSamples(images, **count)
+
+
+def _classes(text: str, source: ImageSource) -> Sequence[int | str]:
+    known = source.classes or ()
+    names = [name.strip() for name in text.split(",")]
+    return [int(name) if name.isascii() and name.isdigit() and name not in known else name for name in names]
+
+
+def _check_apart(train: ImageSource, held_out: ImageSource) -> None:
+    """A threshold from training images promises nothing: each finds itself in the index and scores 0."""
+    both = {str(Path(path).absolute()) for path in train.paths} & {
+        str(Path(path).absolute()) for path in held_out.paths
+    }
+    if both:
+        raise GroodError(
+            f"{len(both)} of {len(held_out)} calibration images are training images ({shorten(sorted(both))}); "
+            "calibrate on held-out images"
+        )
+
+
+def _check_accuracy(info: FitInfo, reporter: Reporter) -> None:
+    accuracy, chance = info.classifier_accuracy, 1 / info.n_classes
+    if accuracy is not None and info.n_classes > 1 and accuracy < chance + 0.1 * (1 - chance):
+        reporter.warn(
+            f"the classifier is right on {100 * accuracy:.1f} % of the training images, and chance is "
+            f"{100 * chance:.1f} %. Are the labels in the order of its outputs, is the preprocessing its own, and are "
+            "these its weights? A detector of such a classifier means little."
+        )

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import PREPARED, run
+
+from torch_grood import GROOD
+
+MODEL = ("--model", "nets.py:net", "--weights", "net.safetensors")
+FIT = ("fit", *MODEL, *PREPARED, "--train", "train", "--output", "new.grood")
+
+
+def test_says_what_it_does_and_what_came_out(digits: Path) -> None:
+    result = run(*FIT, "--calibrate", "val")
+    assert result.code == 0
+    assert "model: nets.py:net, on cpu preprocessing: mean 0.5 0.5 0.5, std 0.5 0.5 0.5" in result.err
+    assert "fit keeps 351 x 128 features" in result.err
+    assert "classes 4: one, three, two, zero" in result.out
+    assert re.search(r"accuracy on them [\d.]+ % classifier, [\d.]+ % nearest prototype", result.out)
+    assert re.search(r"threshold τ = [\d.e-]+: at most 5 % false alarms, from \d+ images", result.out)
+    assert re.search(r"file new\.grood, [\d.]+ MB", result.out)
+    detector = GROOD.load("new.grood")
+    assert detector.classes_ == ("one", "three", "two", "zero")
+    assert detector.metadata == {
+        "model": {"spec": "nets.py:net", "weights": "net.safetensors", "num_classes": None},
+        "transform": {
+            "resize": None,
+            "crop": None,
+            "interpolation": "bilinear",
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+        },
+    }
+    assert logging.getLogger("torch_grood").handlers == []
+
+
+def test_workers_and_batch_size_change_nothing(digits: Path) -> None:
+    assert run(*FIT, "--seed", 3, "--quiet").code == 0
+    first = GROOD.load("new.grood")
+    assert run(*FIT, "--seed", 3, "--workers", 2, "--batch-size", 7, "--quiet").code == 0
+    second = GROOD.load("new.grood")
+    assert (first.class_prototypes_ - second.class_prototypes_).abs().max() < 1e-5
+    assert (first.ood_prototype_ - second.ood_prototype_).abs().max() < 1e-5
+
+
+def test_without_calibration_it_says_so(digits: Path) -> None:
+    result = run(*FIT)
+    assert result.code == 0
+    assert "threshold none: it scores, but cannot decide. Run: grood calibrate" in result.out
+    assert GROOD.load("new.grood").threshold_ is None
+
+
+def test_lists_and_numbers_of_classes(digits: Path) -> None:
+    (digits / "lists").mkdir()
+    for split in ("train", "val"):
+        images = sorted((digits / split).rglob("*.png"))
+        names = sorted({path.parent.name for path in images})
+        lines = [f"{path.relative_to(digits / split)} {names.index(path.parent.name)}\n" for path in images]
+        (digits / "lists" / f"{split}.txt").write_text("".join(lines))
+    arguments = ("fit", *MODEL, *PREPARED, "--output", "new.grood", "--train", "lists/train.txt")
+    assert "listed files are missing" in run(*arguments).err
+    assert run(*arguments, "--root", "train", "--classes", "0,1,3").code == 0
+    info = GROOD.load("new.grood").fit_info_
+    assert (info.n_classes, info.n_left_out > 0) == (3, True)
+    result = run(*arguments, "--root", "train", "--calibrate", "val", "--classes", "0,7")
+    assert (result.code, "classes=7 is none of" in result.err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--lam", "0.7", "--n", "50"), {"name": "Mixup", "n": 50, "lam": 0.7}),
+        (("--outliers", "noise", "--n", "20"), {"name": "UniformNoise", "n": 20}),
+        (("--outliers", "mean"), {"name": "PrototypeMean"}),
+        (("--outliers", "samples", "--ood", "ood"), {"name": "OutlierSamples", "n": None}),
+    ],
+)
+def test_outlier_sources(digits: Path, options: tuple[str, ...], expected: dict[str, Any]) -> None:
+    assert run(*FIT, *options, "--quiet").code == 0
+    info = GROOD.load("new.grood").fit_info_
+    assert info.outlier_source == expected
+    shown = run("info", "new.grood").out
+    assert ("This detector was fitted with real OOD data." in shown) is info.uses_ood_data
+    assert ("REAL OOD DATA were used" in shown) is info.uses_ood_data
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--outliers", "noise", "--lam", "0.5"), "--lam belongs to --outliers mixup, not to noise"),
+        (("--ood", "ood"), "--ood belongs to --outliers samples, not to mixup"),
+        (("--outliers", "mean", "--n", "5"), "--outliers mean uses no outliers"),
+        (("--outliers", "samples"), "--outliers samples needs real OOD images; add --ood DIR"),
+        (("--calibrate", "train"), r"351 of 351 calibration images are training images \(.*, …\)"),
+        (("--calibrate", "val", "--fpr", "2"), "--fpr is the share of false alarms, between 0 and 1; got 2"),
+        (("--calibrate", "val", "--fpr", "0.001"), "cannot be promised from"),
+        (("--calibrate", "marked.txt"), "1 of 1 images have the label −1, OOD"),
+        (("--mean", "1,2"), "mean must be three numbers"),
+        (("--mean", "a,b,c"), "--mean must be three numbers such as"),
+        (("--mean", "127,127,127"), r"divide those of \[0, 255\] by 255"),
+        (("--transform", "nope"), "neither one of cifar10, cifar100, imagenet nor a file"),
+        (("--transform", "nets.py"), "--transform nets.py: Expecting value"),
+        (("--train", "ood"), "flat folder of images, without labels"),
+        (("--train", "."), "look like splits, not classes; pass one of them: test"),
+        (("--output", "absent/new.grood"), "the folder absent does not exist; make it first"),
+        (("--output", "train"), "train is a folder; give the name of a file in it"),
+        (("--model", "resnet50"), "unknown model 'resnet50'"),
+        (("--head", "nope"), "nope"),
+        (("--weights", "nets.py"), "cannot be read as PyTorch weights"),
+    ],
+)
+def test_mistakes(digits: Path, options: tuple[str, ...], message: str) -> None:
+    first = next((digits / "ood").iterdir()).relative_to(digits)
+    (digits / "marked.txt").write_text(f"{first} -1\n")
+    result = run(*FIT, *options)
+    last = result.err[result.err.index("error: ") :]
+    assert re.search(message, last), last
+    assert (result.code, result.out) == (1, "")
+    assert not (digits / "new.grood").exists()
+
+
+def test_a_factory_needs_its_preprocessing_told(digits: Path) -> None:
+    arguments = ("fit", *MODEL, "--train", "train", "--output", "new.grood")
+    result = run(*arguments)
+    assert result.code == 1
+    assert "error: nets.py:net does not say how its images are prepared; add --transform (cifar10, " in result.err
+    (digits / "t.json").write_text('{"resize": 8, "crop": 8, "interpolation": "box", "mean": [0.5, 0.5, 0.5]}')
+    assert "this one lacks std" in run(*arguments, "--transform", "t.json").err
+    assert run(*arguments, "--transform", "cifar10", "--resize", "8", "--crop", "8", "--quiet").code == 0
+    assert GROOD.load("new.grood").metadata["transform"]["mean"] == [0.4914, 0.4822, 0.4465]
+
+
+def test_a_failure_leaves_the_old_file(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = (digits / "net.grood").read_bytes()
+    arguments = (*FIT[:-1], "net.grood")
+    (digits / "train" / "one" / "0000.png").write_bytes(b"broken")
+    result = run(*arguments)
+    assert result.code == 1
+    assert "error: train/one/0000.png: not an image" in result.err.replace(str(digits) + "/", "")
+    assert "--skip-bad" in result.err
+
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GROOD, "fit", interrupt)
+    result = run(*arguments)
+    assert (result.code, result.err.endswith("interrupted"), "Traceback" in result.err) == (130, True, False)
+    assert (digits / "net.grood").read_bytes() == old
+    assert not list(digits.glob(".net.grood*"))
+
+
+def test_bad_images_can_be_left_out(digits: Path) -> None:
+    (digits / "train" / "one" / "0000.png").write_bytes(b"broken")
+    (digits / "val" / "one" / "0000.png").write_bytes(b"")
+    result = run(*FIT, "--calibrate", "val", "--skip-bad")
+    assert result.code == 0
+    assert "warning: left out 1 unreadable of 352 images: train/one/0000.png (not an image" in result.err
+    assert "val/one/0000.png (the file is empty)" in result.err
+    assert GROOD.load("new.grood").fit_info_.n_samples == 351
+
+
+def test_labels_in_another_order_are_noticed(digits: Path) -> None:
+    names = ("one", "three", "two", "zero")
+    for i, name in enumerate(names):
+        (digits / "train" / name).rename(digits / "train" / f"{(i + 1) % 4}_{name}")
+    result = run(*FIT)
+    if result.code == 0:  # some image may be classified wrongly, and so "rightly"
+        assert "warning: the classifier is right on" in result.err
+    assert "labels in the order of its outputs" in result.err
+
+
+def test_built_in_models_bring_their_preprocessing(digits: Path) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    from safetensors.torch import save_file
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save_file(torchvision.models.resnet18(num_classes=4).state_dict(), "r.safetensors")
+    arguments = (
+        "--model",
+        "torchvision:resnet18",
+        "--weights",
+        "r.safetensors",
+        "--train",
+        "train",
+        "--outliers",
+        "mean",
+    )
+    result = run("fit", *arguments, "--resize", "32", "--crop", "32", "--output", "r.grood")
+    assert "preprocessing: resize shorter side to 32 (bilinear), centre crop 32, mean 0.485" in result.err
+    assert result.code == 0 or "wrong on all" in result.err
+    if result.code == 0:
+        scored = run("score", "r.grood", "ood", "--format", "csv", "--all")
+        assert (scored.code, "using the weights r.safetensors" in scored.err) == (0, True)
