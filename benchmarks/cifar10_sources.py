@@ -8,7 +8,7 @@
 seeded part of it, is read once per early layer; what was extracted is kept in `--cache`. Settings are compared twice:
 
 - on the OOD test sets, which is what the tables report and nothing is chosen on;
-- by leaving classes out: each class in turn has no prototype and no stored gradient, mixed samples come from the
+- by leaving classes out: each class in turn has no prototype and no stored gradient, 100 mixed samples come from the
   others, and its ID validation images are to be told from the other classes'. A default may be chosen on this.
 """
 
@@ -92,10 +92,12 @@ def main() -> None:
     left_out: dict[str, list[Tensor]] = {"mean of the class prototypes": [_mean_without(train, c) for c in range(10)]}
     for layer, found in passes.items():
         for lam in LAMBDAS:
-            sources[f"Mixup at {layer}, λ = {lam}, n = 1000"] = found["mixed"][str(lam)]
-            name = f"Mixup at {layer}, λ = {lam}, n = {N_LEFT_OUT}"
-            sources[name] = found["mixed"][str(lam)][:N_LEFT_OUT]
+            name = f"Mixup at {layer}, λ = {lam}, n = {N_OUTLIERS}"
+            sources[name] = found["mixed"][str(lam)]
             left_out[name] = found["left_out"][str(lam)]
+    for lam in (0.5, 0.9):
+        layer = next(iter(passes))
+        sources[f"Mixup at {layer}, λ = {lam}, n = 100"] = passes[layer]["mixed"][str(lam)][:100]
     left_out["uniform noise, n = 100"] = [sources["uniform noise, n = 100"]] * 10
 
     rows = {}

@@ -119,8 +119,6 @@ class GROOD:
             state += f", calibrated at fpr={self.threshold_.fpr:g}" if self.threshold_ else ", not calibrated"
         return f"GROOD({model}, outliers={self.outliers!r}, index={self.index.spec!r}, seed={self.seed}; {state})"
 
-    # --- Algorithm 1 ---------------------------------------------------------------------------------------------
-
     def fit(
         self, loader: Iterable[Any], *, classes: Sequence[int | str] | None = None, progress: Progress = None
     ) -> Self:
@@ -248,8 +246,6 @@ class GROOD:
     def _adopt(self, state: FittedState, threshold: ConformalThreshold | None = None) -> None:
         self._state, self.threshold_ = state, threshold
 
-    # --- Calibration ---------------------------------------------------------------------------------------------
-
     def calibrate(self, held_out: Tensor | Iterable[Any], fpr: float = 0.05, *, progress: Progress = None) -> Self:
         """Choose τ so that at most `fpr` of exchangeable ID inputs are called OOD.
 
@@ -280,8 +276,6 @@ class GROOD:
                 stacklevel=3,
             )
         self.threshold_ = ConformalThreshold.fit(log_scores, fpr)
-
-    # --- Algorithm 2 ---------------------------------------------------------------------------------------------
 
     def score(self, images: Tensor | Iterable[Any], *, progress: Progress = None) -> Tensor:
         """S(x): how far the gradient of each image is from all training gradients.
@@ -410,8 +404,6 @@ class GROOD:
         if not found:
             raise GroodError(f"there is no image to {description}; check the path and the loader")
         return found
-
-    # --- Fitted attributes and storage ---------------------------------------------------------------------------
 
     @property
     def classes_(self) -> tuple[int | str, ...]:

@@ -13,8 +13,6 @@ the seed: reading a foreign index would trust its bytes. A file is written whole
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torch_grood._files import replacing
 from torch_grood.errors import FormatError, GroodError
 from torch_grood.features import ModelFingerprint
 from torch_grood.gradients import PolarGradients
@@ -97,20 +96,8 @@ def save(path: Path, detector: GROOD, state: FittedState) -> None:
     except (TypeError, ValueError) as error:
         raise GroodError(f"the detector's metadata cannot be written as JSON: {error}") from None
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={_KEY: text})
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except OSError as error:
-        raise GroodError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> StoredDetector:
@@ -205,9 +192,3 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredDetect
     if not isinstance(header["metadata"], dict):
         raise FormatError("the metadata are not a JSON object; the file was altered")
     return StoredDetector(state, threshold, source, index, seed, header["metadata"])
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

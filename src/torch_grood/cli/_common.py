@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shlex
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -114,8 +113,6 @@ def shorten(items: Sequence[object], separator: str = ", ") -> str:
     return separator.join(map(str, items[:_SHOWN])) + (f"{separator}…" if len(items) > _SHOWN else "")
 
 
-# --- Saying -----------------------------------------------------------------------------------------------------------
-
 Progress = Callable[[Iterable[Any]], Iterable[Any]] | Literal[False]
 
 
@@ -208,9 +205,6 @@ def report_bad(loader: ImageLoader, reporter: Reporter) -> None:
         reporter.warn(f"left out {len(loader.bad)} unreadable of {len(loader.dataset)} images: {shown}")
 
 
-# --- Files ------------------------------------------------------------------------------------------------------------
-
-
 def check_output(path: Path) -> None:
     """Fail before a long run, not after it.
 
@@ -223,28 +217,6 @@ def check_output(path: Path) -> None:
         raise GroodError(f"the folder {path.parent} does not exist; make it first")
     if not os.access(path.parent, os.W_OK):
         raise GroodError(f"the folder {path.parent} cannot be written to; choose another --output")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which takes its place if the block succeeds."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except OSError as error:
-        raise GroodError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def source_of(paths: Sequence[str], root: Path | None, labels: Literal["auto", "required", "none"]) -> ImageSource:
@@ -269,9 +241,6 @@ def held_out_source(paths: Sequence[str], root: Path | None) -> ImageSource:
             "images only, such as the classifier's validation set"
         )
     return source
-
-
-# --- Models and detectors ---------------------------------------------------------------------------------------------
 
 
 def to_device(model: nn.Module, device: Device) -> nn.Module:

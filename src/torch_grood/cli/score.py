@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from torch_grood._files import replacing
 from torch_grood._optional import require
 from torch_grood.cli._common import (
     BatchSizeOption,
@@ -28,7 +29,6 @@ from torch_grood.cli._common import (
     check_output,
     open_detector,
     plain,
-    replacing,
     report_bad,
     reporting,
     source_of,

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from torch_grood._files import replacing
 from torch_grood._optional import require
 from torch_grood.data import ImageTransform
 from torch_grood.demo import network
@@ -261,13 +262,8 @@ def _write_errors(folder: Path) -> Iterator[None]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_samples(folder: Path, data: DigitsData) -> None:

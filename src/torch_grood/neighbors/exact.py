@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +63,14 @@ class ExactIndex(GradientIndex):
         return _ExactSearcher(on_device, self.byte_budget)
 
 
+class _Rows(NamedTuple):
+    """Stored norms b in some unit, float32 (N,): b, b², and (1 - ε) b², infinite for rows that are too far."""
+
+    norm: Tensor
+    square: Tensor
+    least_square: Tensor
+
+
 class _ExactSearcher(GradientSearcher):
     def __init__(self, gradients: PolarGradients, byte_budget: int) -> None:
         self.gradients = gradients
@@ -85,42 +94,52 @@ class _ExactSearcher(GradientSearcher):
         while len(pending):
             unit = float(scale[pending].max())
             in_group = scale[pending] > unit - _GROUP_SPAN
+            rows = self._rows_in_units(unit)
             for group in torch.split(pending[in_group], _TILE_QUERIES):
-                found = self._search_group(queries.take(group), k, unit)
-                log_distance[group], row[group] = found
+                log_distance[group], row[group] = self._search_group(queries.take(group), k, unit, rows)
             pending = pending[~in_group]
         return Neighbors(log_distance, row)
 
-    def _search_group(self, queries: PolarGradients, k: int, unit: float) -> Neighbors:
-        gamma = _product_error(self.gradients.direction.shape[1])
+    def _rows_in_units(self, unit: float) -> _Rows:
+        far = self._log_norm > unit + _FAR
+        norm = (self._log_norm - unit).exp().float().masked_fill_(far, 0.0)
+        square = norm.square()
+        return _Rows(norm, square, (square * (1 - _EPSILON)).masked_fill_(far, torch.inf))
+
+    def _search_group(self, queries: PolarGradients, k: int, unit: float, rows: _Rows) -> Neighbors:
+        n_rows, d = self.gradients.direction.shape
+        gamma = _product_error(d)
         a = (queries.log_magnitude - unit).exp().float() * queries.direction.any(1)
         scaled = queries.direction * (-2 * a)[:, None]
         slack = 2 * gamma * a[:, None]
-        upper = torch.full_like(a, torch.inf)
+        # Finite, so that rows that are too far, whose bound is infinite, are never candidates.
+        upper = torch.full_like(a, torch.finfo(torch.float32).max)
         candidates: list[tuple[Tensor, Tensor, Tensor]] = []
         n_candidates = 0
         # A candidate takes two int64 and a float here and its two rows later; queries that tie with everything
         # (duplicated rows) are searched in smaller groups.
-        most = max(len(self.gradients.log_magnitude), self._byte_budget // 64)
-        for start in range(0, len(self.gradients.log_magnitude), self._tile_rows):
+        most = max(n_rows, self._byte_budget // 64)
+        for start in range(0, n_rows, self._tile_rows):
             tile = slice(start, start + self._tile_rows)
-            log_norm = self._log_norm[tile]
-            far = log_norm > unit + _FAR
-            b = (log_norm - unit).exp().float().masked_fill_(far, 0.0)
-            b2 = b.square()
             # t - e = b·(-2a·cos - 2aγ) + b²(1 - ε), in place over one tile.
             lower = torch.addmm(-slack, scaled, self.gradients.direction[tile].T)
-            lower.mul_(b).add_((b2 * (1 - _EPSILON)).masked_fill_(far, torch.inf))
+            torch.addcmul(rows.least_square[tile], lower, rows.norm[tile], out=lower)
+            # Most queries have nothing to find in most tiles; the minimum tells, and the rest is done for the others.
+            live = (lower.amin(1) <= upper).nonzero().flatten()
+            if len(live) == 0:
+                continue
+            lower = lower[live]
             near, nearest = torch.topk(lower, min(k, lower.shape[1]), dim=1, largest=False)
             if near.shape[1] == k:
-                bound = (near + 2 * (slack * b[nearest] + _EPSILON * b2[nearest])).amax(1)
-                upper = torch.minimum(upper, bound)
-            query, tile_row = (lower <= upper[:, None]).nonzero(as_tuple=True)
-            candidates.append((query, tile_row + start, lower[query, tile_row]))
+                error = slack[live] * rows.norm[tile][nearest] + _EPSILON * rows.square[tile][nearest]
+                upper[live] = torch.minimum(upper[live], (near + 2 * error).amax(1))
+            query, tile_row = (lower <= upper[live][:, None]).nonzero(as_tuple=True)
+            candidates.append((live[query], tile_row + start, lower[query, tile_row]))
             n_candidates += len(query)
             if n_candidates > most and len(a) > 1:
                 half = len(a) // 2
-                parts = [self._search_group(queries.take(s), k, unit) for s in (slice(None, half), slice(half, None))]
+                halves = (slice(None, half), slice(half, None))
+                parts = [self._search_group(queries.take(s), k, unit, rows) for s in halves]
                 return Neighbors(*(torch.cat(pair) for pair in zip(*parts, strict=True)))
         query, row, bound = (torch.cat(parts) for parts in zip(*candidates, strict=True))
         keep = bound <= upper[query]
