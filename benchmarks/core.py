@@ -80,7 +80,7 @@ def _mixing_and_gradients(model: nn.Module, loader: DataLoader[tuple[Tensor, ...
     """Seconds of `fit` after the pass over the training set."""
     source = Mixup()
     extractor = FeatureExtractor(model)
-    passed = TrainingPass(extractor, source, 0, None, None)
+    passed = TrainingPass(extractor, source, 0, loader, None)
     for images, labels in loader:
         passed.add(images, labels)
     early = passed.early_prototypes
@@ -88,7 +88,7 @@ def _mixing_and_gradients(model: nn.Module, loader: DataLoader[tuple[Tensor, ...
 
     def rest() -> None:
         context = OutlierContext(
-            passed.prototypes.means, extractor, early.means, passed.reservoir.samples(), batch_size=128, progress=False
+            passed.prototypes.means, extractor, early.means, passed.samples(), batch_size=128, progress=False
         )
         build_state(
             ExactIndex(), 0, chunks=passed.features, labels=torch.cat(passed.rows),

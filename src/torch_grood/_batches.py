@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from torch_grood.errors import GroodError
 
@@ -55,6 +56,11 @@ def as_loader(images: Tensor | Iterable[Any], batch_size: int = 256) -> Iterable
     """
     if isinstance(images, Tensor):
         return [images] if len(images) <= batch_size else torch.split(images, batch_size)
+    if isinstance(images, Dataset):
+        raise GroodError(
+            f"got a data set ({type(images).__name__}), which gives single samples; "
+            "wrap it: DataLoader(dataset, batch_size=64)"
+        )
     if isinstance(images, (str, Mapping)) or not isinstance(images, Iterable):
         raise GroodError(f"expected a tensor of images or a loader of batches, got {type(images).__name__}")
     return images

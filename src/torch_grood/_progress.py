@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 __all__ = ["Progress", "track"]
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]] | Literal[False] | None
-"""None: a tqdm bar when stderr is a terminal. False: silence. A callable: wraps the iterable of batches itself."""
+Progress = Callable[[Iterable[Any]], Iterable[Any]] | bool | None
+"""None: a tqdm bar when stderr is a terminal. True, False: always, never. A callable: wraps the iterable itself."""
 
 
 def track(batches: Iterable[Any], progress: Progress, description: str) -> Iterable[Any]:
     """Wrap `batches` so that its consumption is shown."""
     if progress is False:
         return batches
-    if progress is not None:
+    if callable(progress):
         return progress(batches)
     from tqdm.auto import tqdm
 
     # disable=None: tqdm shows itself on a terminal only.
-    bar: Iterable[Any] = tqdm(batches, desc=description, unit="batch", disable=None)
+    bar: Iterable[Any] = tqdm(batches, desc=description, unit="batch", disable=None if progress is None else False)
     return bar

@@ -7,11 +7,13 @@ training samples. Algorithm 2: S(x) = min over those x' of ‖∇(x) - ∇(x')�
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -22,7 +24,7 @@ from torch_grood._batches import as_loader, split_batch
 from torch_grood._progress import Progress, track
 from torch_grood.errors import GroodError, ModelMismatchError, NotFittedError
 from torch_grood.features import Extraction, FeatureExtractor, ModelFingerprint, model_fingerprint
-from torch_grood.neighbors import GradientIndex, IndexQuality, Neighbors, make_index
+from torch_grood.neighbors import GradientIndex, IndexQuality, make_index
 from torch_grood.outliers import Mixup, OutlierContext, OutlierSource, PrototypeMean
 from torch_grood.prototypes import ClassPrototypes, as_labels
 from torch_grood.state import GRADIENT_ROWS, FitInfo, FittedState, build_state
@@ -32,6 +34,9 @@ from torch_grood.training_pass import TrainingPass
 __all__ = ["GROOD", "Prediction"]
 
 _log = logging.getLogger("torch_grood")
+
+# A score below this share of its own gradient's length is a training sample, up to the network's float32 rounding.
+_SELF_MATCH = 1e-5
 
 
 class Prediction(NamedTuple):
@@ -52,6 +57,24 @@ class Prediction(NamedTuple):
     label: Tensor | None
     prototype_label: Tensor
     neighbor: Tensor
+
+
+class _Scores(NamedTuple):
+    """What Algorithm 2 finds for n samples, before any decision.
+
+    Attributes:
+        log_score: log S(x), float64 (n,).
+        log_magnitude: log π, float64 (n,).
+        neighbor: row of the nearest stored gradient, int64 (n,).
+        prototype: row of the nearest class prototype, int64 (n,).
+        label: the classifier's class, int64 (n,), if known.
+    """
+
+    log_score: Tensor
+    log_magnitude: Tensor
+    neighbor: Tensor
+    prototype: Tensor
+    label: Tensor | None
 
 
 class GROOD:
@@ -102,7 +125,7 @@ class GROOD:
         self.index = make_index(index)
         self.head = head
         self.early_layer = early_layer
-        self.seed = seed
+        self.seed = _checked_seed(seed)
         self.metadata: dict[str, Any] = {}
         self.threshold_: ConformalThreshold | None = None
         self._state: FittedState | None = None
@@ -137,19 +160,21 @@ class GROOD:
         extractor = self._need_extractor("fit")
         started = time.perf_counter()
         with extractor.evaluation():
-            passed = TrainingPass(extractor, self.outliers, self.seed, getattr(loader, "dataset", None), classes)
-            for batch in track(loader, progress, "fit"):
+            passed = TrainingPass(extractor, self.outliers, self.seed, loader, classes)
+            if isinstance(loader, Tensor):
+                raise GroodError("fit needs labels; pass a loader of (images, labels) batches, not a tensor of images")
+            for batch in track(as_loader(loader), progress, "fit"):
                 first = passed.n_samples == 0
                 passed.add(*split_batch(batch))
                 if first and passed.n_samples:
-                    _log.info("%s", passed.memory_statement(loader))
+                    _log.info("%s", passed.memory_statement())
             if passed.n_samples == 0:
                 raise GroodError("the loader gave no training sample; check the path and the loader")
             context = OutlierContext(
                 class_prototypes=passed.prototypes.means,
                 extractor=extractor,
                 early_prototypes=passed.early_prototypes.means if passed.early_prototypes else None,
-                samples=passed.reservoir.samples(),
+                samples=passed.samples(),
                 image_shape=passed.image_shape,
                 channel_range=passed.channel_range,
                 batch_size=passed.batch_size,
@@ -213,7 +238,14 @@ class GROOD:
         if prototypes.counts.sum() == 0:
             raise GroodError("there is no training sample: features has no row")
         rows = prototypes.rows(labels, len(features))
-        predicted = None if predictions is None else as_labels(predictions, len(features))
+        predicted = None
+        if predictions is not None:
+            predicted = as_labels(predictions, len(features))
+            if len(predicted) and not 0 <= int(predicted.min()) <= int(predicted.max()) < len(prototypes.classes):
+                raise GroodError(
+                    f"predictions must be positions among the {len(prototypes.classes)} classes, got "
+                    f"{int(predicted.min())} to {int(predicted.max())}"
+                )
         if ood_features is None:
             source: OutlierSource = self.outliers
             outlier_features = source.features(OutlierContext(prototypes.means, seed=self.seed))
@@ -257,25 +289,25 @@ class GROOD:
         Raises:
             GroodError: for an fpr that cannot be promised, or images that cannot be scored.
         """
-        found = self._over_batches(held_out, lambda images: self._neighbors(images)[1], progress, "calibrate")
-        self._calibrate(torch.cat([neighbors.log_distance for neighbors in found]), fpr)
+        self._calibrate(self._scores(held_out, progress, "calibrate"), fpr)
         return self
 
     def calibrate_features(self, features: Tensor, fpr: float = 0.05) -> Self:
         """As `calibrate`, from penultimate features (n, d)."""
-        self._calibrate(self._neighbors_of_features(_as_features(features))[0].log_distance, fpr)
+        self._calibrate(self._scores_of_features(_as_features(features)), fpr)
         return self
 
-    def _calibrate(self, log_scores: Tensor, fpr: float) -> None:
-        n_seen = int((log_scores == -torch.inf).sum())
+    def _calibrate(self, scores: _Scores, fpr: float) -> None:
+        # Exactly 0 for the same features; images in another batch come out of the network a rounding apart.
+        n_seen = int((scores.log_score - scores.log_magnitude < math.log(_SELF_MATCH)).sum())
         if n_seen:
             warnings.warn(
-                f"{n_seen} of {len(log_scores)} calibration samples score exactly 0: `fit` has seen them. A threshold "
-                "from training samples promises nothing; calibrate on held-out samples.",
+                f"{n_seen} of {len(scores.log_score)} calibration samples score practically 0: `fit` has seen them. A "
+                "threshold from training samples promises nothing; calibrate on held-out samples.",
                 UserWarning,
                 stacklevel=3,
             )
-        self.threshold_ = ConformalThreshold.fit(log_scores, fpr)
+        self.threshold_ = ConformalThreshold.fit(scores.log_score, fpr)
 
     def score(self, images: Tensor | Iterable[Any], *, progress: Progress = None) -> Tensor:
         """S(x): how far the gradient of each image is from all training gradients.
@@ -291,8 +323,7 @@ class GROOD:
 
     def log_score(self, images: Tensor | Iterable[Any], *, progress: Progress = None) -> Tensor:
         """Log S(x), float64 (n,): the same order, and no underflow for features of large scale."""
-        found = self._over_batches(images, lambda batch: self._neighbors(batch)[1], progress, "score")
-        return torch.cat([neighbors.log_distance.flatten() for neighbors in found])
+        return self._scores(images, progress, "score").log_score
 
     def score_features(self, features: Tensor) -> Tensor:
         """As `score`, from penultimate features (n, d)."""
@@ -300,7 +331,7 @@ class GROOD:
 
     def log_score_features(self, features: Tensor) -> Tensor:
         """As `log_score`, from penultimate features (n, d)."""
-        return self._neighbors_of_features(_as_features(features))[0].log_distance.flatten()
+        return self._scores_of_features(_as_features(features)).log_score
 
     def predict(self, images: Tensor | Iterable[Any], *, progress: Progress = None) -> Prediction:
         """Score, p-value, decision and labels of each image.
@@ -313,31 +344,24 @@ class GROOD:
             NotFittedError: before `calibrate`; `score` works without.
         """
         self._need_threshold()
-
-        def predict_batch(batch: Tensor) -> Prediction:
-            extraction, neighbors, nearest = self._neighbors(batch)
-            return self._prediction(neighbors, nearest, extraction.logits.argmax(1).cpu())
-
-        found = self._over_batches(images, predict_batch, progress, "predict")
-        return Prediction(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        return self._prediction(self._scores(images, progress, "predict"))
 
     def predict_features(self, features: Tensor, predictions: Tensor | Sequence[int] | None = None) -> Prediction:
         """As `predict`, from penultimate features (n, d) and, if known, the classifier's classes (n,)."""
         self._need_threshold()
         features = _as_features(features)
         label = None if predictions is None else as_labels(predictions, len(features))
-        return self._prediction(*self._neighbors_of_features(features), label)
+        return self._prediction(self._scores_of_features(features)._replace(label=label))
 
-    def _prediction(self, neighbors: Neighbors, nearest: Tensor, label: Tensor | None) -> Prediction:
+    def _prediction(self, scores: _Scores) -> Prediction:
         state, threshold = self._need_state(), self._need_threshold()
-        log_score = neighbors.log_distance.flatten().cpu()
         return Prediction(
-            score=log_score.exp(),
-            p_value=threshold.p_values(log_score),
-            is_ood=threshold.is_ood(log_score),
-            label=label,
-            prototype_label=state.class_ids[nearest],
-            neighbor=state.sample_ids[neighbors.row.flatten().cpu()],
+            score=scores.log_score.exp(),
+            p_value=threshold.p_values(scores.log_score),
+            is_ood=threshold.is_ood(scores.log_score),
+            label=scores.label,
+            prototype_label=state.class_ids[scores.prototype],
+            neighbor=state.sample_ids[scores.neighbor],
         )
 
     def extract(self, images: Tensor | Iterable[Any], *, progress: Progress = None) -> Extraction:
@@ -366,44 +390,42 @@ class GROOD:
             torch.cat(known) if len(known) == len(parts) else None,
         )
 
-    def _neighbors(self, images: Tensor) -> tuple[Extraction, Neighbors, Tensor]:
-        """One batch of images: what the model says, the nearest gradient, the nearest prototype's row."""
-        state = self._need_state()
-        extractor = self._need_extractor("score")
-        expected = state.info.image_shape
-        if expected and tuple(images.shape[1:]) != expected:
-            raise GroodError(
-                f"images of shape {tuple(images.shape[1:])} cannot be scored: the detector was fitted on images of "
-                f"shape {expected}. Apply the same transform to all."
-            )
-        extraction = extractor(images)
-        return extraction, *self._neighbors_of_features(extraction.features)
-
-    def _neighbors_of_features(self, features: Tensor) -> tuple[Neighbors, Tensor]:
-        state = self._need_state()
-        neighbors, nearest = [], []
-        for part in torch.split(features, GRADIENT_ROWS):
-            geometry = state.gradient_field(part.cpu())
-            neighbors.append(state.searcher.search(geometry.gradients))
-            nearest.append(geometry.nearest)
-        if not neighbors:
-            raise GroodError("there is no sample to score")
-        return Neighbors(*(torch.cat(parts) for parts in zip(*neighbors, strict=True))), torch.cat(nearest)
-
-    def _over_batches(
-        self, images: Tensor | Iterable[Any], of_batch: Callable[[Tensor], Any], progress: Progress, description: str
-    ) -> list[Any]:
-        self._need_state()
+    def _scores(self, images: Tensor | Iterable[Any], progress: Progress, description: str) -> _Scores:
+        """Algorithm 2 for all images of a tensor or loader."""
+        expected = self._need_state().info.image_shape
         extractor = self._need_extractor(description)
-        found = []
+        parts: list[_Scores] = []
+        done = 0
         with extractor.evaluation():
             for batch in track(as_loader(images), progress, description):
                 batch_images, _ = split_batch(batch)
-                if len(batch_images):
-                    found.append(of_batch(batch_images))
-        if not found:
+                if len(batch_images) == 0:
+                    continue
+                if expected and tuple(batch_images.shape[1:]) != expected:
+                    raise GroodError(
+                        f"images of shape {tuple(batch_images.shape[1:])} cannot be scored: the detector was fitted on "
+                        f"images of shape {expected}. Apply the same transform to all."
+                    )
+                found = extractor(batch_images)
+                scores = self._scores_of_features(found.features, first=done)
+                parts.append(scores._replace(label=found.logits.argmax(1).cpu()))
+                done += len(batch_images)
+        if not parts:
             raise GroodError(f"there is no image to {description}; check the path and the loader")
-        return found
+        return _Scores(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+    def _scores_of_features(self, features: Tensor, first: int = 0) -> _Scores:
+        """Algorithm 2 for features (n, d), of which `first` others came before."""
+        state = self._need_state()
+        parts: list[_Scores] = []
+        for start in range(0, max(len(features), 1), GRADIENT_ROWS):
+            part = features[start : start + GRADIENT_ROWS].cpu()
+            gradients, nearest = state.gradient_field(part, first=first + start)
+            neighbors = state.searcher.search(gradients)
+            log_distance, row = neighbors.log_distance.flatten().cpu(), neighbors.row.flatten().cpu()
+            parts.append(_Scores(log_distance, gradients.log_magnitude.cpu(), row, nearest.cpu(), None))
+        log_score, log_magnitude, row, nearest = (torch.cat(field) for field in list(zip(*parts, strict=True))[:4])
+        return _Scores(log_score, log_magnitude, row, nearest, None)
 
     @property
     def classes_(self) -> tuple[int | str, ...]:
@@ -503,8 +525,17 @@ class _GivenFeatures(OutlierSource):
         return {"name": "ood_features"}
 
 
+def _checked_seed(seed: Any) -> int:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < 2**63:
+        raise GroodError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
+    return int(seed)
+
+
 def _as_features(features: Any) -> Tensor:
-    tensor = torch.as_tensor(features).detach()
+    try:
+        tensor = torch.as_tensor(features).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise GroodError(f"expected features (n, d) of a float dtype, got {type(features).__name__}: {error}") from None
     if tensor.ndim != 2 or not tensor.is_floating_point():
         raise GroodError(f"expected features (n, d) of a float dtype, got {tuple(tensor.shape)} of {tensor.dtype}")
     return tensor
@@ -512,12 +543,13 @@ def _as_features(features: Any) -> Tensor:
 
 def _classes_of(labels: Any, predictions: Any) -> Sequence[int | str]:
     """Classes from the labels: the sorted names, or 0 … the largest integer in use."""
-    if not isinstance(labels, Tensor) and any(isinstance(label, str) for label in labels):
+    if isinstance(labels, Sequence) and any(isinstance(label, str) for label in labels):
         return sorted({str(label) for label in labels})
-    largest = int(as_labels(labels, len(labels)).max()) if len(labels) else 0
-    if predictions is not None and len(predictions):
-        largest = max(largest, int(as_labels(predictions, len(predictions)).max()))
-    return range(largest + 1)
+    largest = -1
+    for positions in (labels, predictions):
+        if positions is not None and isinstance(positions, Sized) and len(positions):
+            largest = max(largest, int(as_labels(positions, len(positions)).max()))
+    return range(max(largest + 1, 1))
 
 
 def _existing(model: nn.Module, name: str | None) -> str | None:

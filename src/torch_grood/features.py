@@ -1,12 +1,12 @@
 """Penultimate features h(x), logits z(x) and early activations e(x) of any PyTorch classifier.
 
 Nothing is assumed of the model but that one of its modules, the head, takes the penultimate feature in, and that
-another, the early layer, lets everything through that the rest of the network needs. Both are found by running two
+another, the early layer, lets everything through that the rest of the network needs. Both are found by running a few
 samples:
 
 - the head is the last `nn.Linear` whose output orders the classes as the model's output does: it is the logits, or
   they follow from it by a softmax, a temperature or the like;
-- an early layer must be a *cut*: with its outputs of two samples exchanged, the penultimate features are exchanged too.
+- an early layer must be a *cut*: with its outputs of several samples exchanged, the penultimate features are too.
   A layer inside a residual branch is none, since the rest of the network still sees the old sample past it. Of the
   cuts, the first whole block past a tenth of the network's layers is taken: `layer1` of a ResNet, as in the paper;
   the first stage of a Swin or ConvNeXt, the second block of a ViT, the first hidden layer of an MLP.
@@ -19,12 +19,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from torch_grood.errors import GroodError
 
@@ -36,6 +39,13 @@ AtEarlyLayer = Callable[[Tensor], Tensor | None]
 _EARLY_SHARE = (0.1, 0.6)
 # Exchanged early outputs must explain the exchanged features up to this relative error (half precision: 2^-8).
 _CUT_TOLERANCE = 1e-2
+_PROBES = 4
+# A network whose first layers are all bypassed would otherwise be probed module by module.
+_MOST_CANDIDATES = 40
+
+# Hooks and modes belong to the module, so that two threads must not use one model at the same time.
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_guard = threading.Lock()
 
 
 class Extraction(NamedTuple):
@@ -108,11 +118,15 @@ class FeatureExtractor:
     def evaluation(self) -> Iterator[None]:
         """Run the body in eval mode, without gradients and eagerly; restore every module's own mode afterwards.
 
-        Flags are set directly: `model.eval()` may be overridden to do more (merge adapters, fold weights).
+        Flags are set directly: `model.eval()` may be overridden to do more (merge adapters, fold weights). Other
+        threads that want the same model wait.
         """
-        modules = list(self.model.modules())
-        modes = [module.training for module in modules]
+        with _locks_guard:
+            lock = _locks.setdefault(self.model, threading.RLock())
         with contextlib.ExitStack() as stack:
+            stack.enter_context(lock)
+            modules = list(self.model.modules())
+            modes = [module.training for module in modules]
             if any(_is_compiled(module) for module in modules):
                 # Hooks inside a compiled graph are ignored or recompile it; the eager module computes the same.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -126,7 +140,7 @@ class FeatureExtractor:
                     module.training = mode
 
     def resolve(self, inputs: Tensor, *, early: bool = False) -> None:
-        """Find or check the head, and on request the early layer, by running two samples.
+        """Find or check the head, and on request the early layer, by running a few samples.
 
         Args:
             inputs: a batch of inputs (n, ...), n ≥ 1.
@@ -138,7 +152,7 @@ class FeatureExtractor:
         if self._resolved_head and (self._resolved_early or not early):
             return
         with self.evaluation():
-            probe = _probe(self._to_model(inputs[:2]))
+            probe = _probe(self._to_model(inputs[:1]))
             if not self._resolved_head:
                 self._resolve_head(probe)
             if early and not self._resolved_early:
@@ -168,7 +182,8 @@ class FeatureExtractor:
         head_outputs: list[Tensor] = []
 
         def before_head(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            features.append(_first_tensor((*args, *kwargs.values())))
+            # Cloned: what runs after the head may overwrite its input.
+            features.append(_first_tensor((*args, *kwargs.values())).clone())
 
         def after_head(_: nn.Module, __: Any, output: Any) -> None:
             head_outputs.append(output)
@@ -195,7 +210,7 @@ class FeatureExtractor:
             )
         # A head that is called several times is read at its last call, whose output became the logits.
         logits = head_outputs[-1] if self._head_is_logits else output
-        return Extraction(_pooled(features[-1], len(inputs)), logits)
+        return Extraction(_pooled(features[-1], len(inputs), head), logits)
 
     def _forward(self, inputs: Tensor) -> Any:
         try:
@@ -256,12 +271,14 @@ class FeatureExtractor:
                 if isinstance(module, nn.Linear):
                     hooks.callback(module.register_forward_hook(record(name)).remove)
             logits = _logits(self._forward(probe))
-        return [name for name, output in outputs.items() if _orders_classes_alike(output, logits)]
+        alike = [name for name, output in outputs.items() if _orders_classes_alike(output, logits)]
+        # An auxiliary head may order a few samples alike by chance; equality is no chance.
+        return [name for name in alike if torch.equal(outputs[name], logits)] or alike
 
     def _resolve_early_layer(self, probe: Tensor) -> None:
         if self.early_layer is not None:
             if not self._is_cut(self.early_layer, probe):
-                able = [name for name in self._early_candidates(probe)[:20] if self._is_cut(name, probe)]
+                able = [name for name in self._early_candidates(probe) if self._is_cut(name, probe)]
                 raise GroodError(
                     f"early_layer={self.early_layer!r} does not carry the whole sample: part of the network bypasses "
                     "it (a residual branch?), it gives no tensor, or it runs more than once. "
@@ -280,9 +297,16 @@ class FeatureExtractor:
         self._resolved_early = True
 
     def _early_candidates(self, probe: Tensor) -> list[str]:
-        """Modules that may be early layers, the most sensible first: whole blocks, shallow names, little depth."""
+        """Modules that may be early layers, the most sensible first: whole blocks, shallow names, little depth.
+
+        Those with too few or too many of the network's layers behind them come last.
+        """
         calls: dict[str, _Call] = {}
-        parents = {name for name, module in self.model.named_modules() if next(module.children(), None) is not None}
+        parents = {
+            name
+            for name, module in self.model.named_modules()
+            if any(child != "parametrizations" for child, _ in module.named_children())
+        }
         layers_run = order = 0
         head_order = 0
 
@@ -303,7 +327,8 @@ class FeatureExtractor:
 
         with contextlib.ExitStack() as hooks:
             for name, module in self.model.named_modules():
-                is_layer = name not in parents and next(module.parameters(recurse=False), None) is not None
+                own_parameters = next(module.parameters(recurse=False), None) is not None
+                is_layer = name not in parents and (own_parameters or is_parametrized(module))
                 hooks.callback(module.register_forward_hook(hook_for(name, is_layer)).remove)
             self._run(probe)
 
@@ -311,23 +336,23 @@ class FeatureExtractor:
         able = [
             name
             for name, call in calls.items()
-            if name
-            and call.count == 1
-            and call.is_tensor
-            and call.order < head_order
-            and low * layers_run <= call.layers_before <= high * layers_run
+            if name and call.count == 1 and call.is_tensor and call.order < head_order
         ]
-        return sorted(
-            able, key=lambda name: (name not in parents, name.count("."), calls[name].layers_before, -calls[name].order)
-        )
+
+        def preference(name: str) -> tuple[bool, bool, int, int, int]:
+            call = calls[name]
+            sensible = low * layers_run <= call.layers_before <= high * layers_run
+            return not sensible, name not in parents, name.count("."), call.layers_before, -call.order
+
+        return sorted(able, key=preference)[:_MOST_CANDIDATES]
 
     def _is_cut(self, name: str, probe: Tensor) -> bool:
-        """Exchange the early outputs of two samples: are the penultimate features exchanged?"""
+        """Exchange the early outputs of different samples: are the penultimate features exchanged?"""
         seen: list[Tensor] = []
 
         def exchange(early: Tensor) -> Tensor:
             seen.append(early)
-            return early.flip(0)
+            return early.roll(1, 0)
 
         before, self.early_layer = self.early_layer, name
         try:
@@ -337,8 +362,11 @@ class FeatureExtractor:
             return False
         finally:
             self.early_layer = before
-        error = (exchanged - plain.flip(0)).norm()
-        return len(seen) == 1 and bool(error <= _CUT_TOLERANCE * (plain - plain.flip(0)).norm())
+        expected = plain.roll(1, 0)
+        difference = (plain - expected).norm()
+        error = (exchanged - expected).norm()
+        # Samples with equal features (a dead network) would agree with anything.
+        return len(seen) == 1 and bool(difference > 0) and bool(error <= _CUT_TOLERANCE * difference)
 
 
 class _NoTensorError(TypeError):
@@ -370,6 +398,8 @@ def model_fingerprint(model: nn.Module) -> ModelFingerprint:
     for name, tensor in sorted(unwrap(model).state_dict().items()):
         if not isinstance(tensor, Tensor):
             continue
+        # A submodule that was compiled later is the same submodule.
+        name = name.replace("_orig_mod.", "")
         architecture.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     weights.update(architecture.digest())
@@ -380,12 +410,19 @@ def _is_compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
-def _probe(inputs: Tensor) -> Tensor:
-    """Two samples that certainly differ: the first of the batch, and its values in another order."""
-    first = inputs[:1]
+def _probe(first: Tensor) -> Tensor:
+    """Samples that certainly differ: the given one, and noise on top of it (whole numbers: other orders of it)."""
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(first.numel(), generator=generator).to(first.device)
-    return torch.cat([first, first.flatten()[order].view_as(first)])
+    samples = [first.nan_to_num(0, 0, 0) if first.is_floating_point() else first]
+    for _ in range(_PROBES - 1):
+        if first.is_floating_point():
+            noise = torch.randn(first.shape, generator=generator, dtype=torch.float32).to(first.device, first.dtype)
+            spread = samples[0].float().std(correction=0).clamp(min=0.5).to(first.dtype)
+            samples.append(0.5 * samples[0] + spread * noise)
+        else:
+            order = torch.randperm(first.numel(), generator=generator).to(first.device)
+            samples.append(first.flatten()[order].view_as(first))
+    return torch.cat(samples)
 
 
 def _logits(output: Any) -> Tensor:
@@ -416,19 +453,23 @@ def _orders_classes_alike(output: Any, logits: Tensor) -> bool:
     return bool((sorted_logits.diff(dim=1) >= 0).all()) and bool((logits.amax(1) > logits.amin(1)).all())
 
 
-def _pooled(feature: Tensor, n: int) -> Tensor:
-    """(n, d) from a head's input; positions of a map (n, d, h, w) or of tokens (n, t, d) are averaged.
+def _pooled(feature: Tensor, n: int, head: nn.Module) -> Tensor:
+    """(n, d) from a head's input; the positions of a map or of tokens are averaged.
 
-    For a linear head that is followed by an average, this is the feature whose logits are the model's.
+    For a linear head that is followed by an average, this is the feature whose logits are the model's. A linear layer
+    has the features on the last axis, a convolution on the second, and so have maps in general.
     """
     if len(feature) != n or feature.ndim < 2:
         raise GroodError(
             f"the head's input has shape {tuple(feature.shape)} for a batch of {n}; expected one feature a sample. "
             "Pass head='…', the module that classifies each sample"
         )
-    if feature.ndim == 3:
-        return feature.mean(1)
-    return feature.flatten(2).mean(2) if feature.ndim > 3 else feature
+    if feature.ndim == 2:
+        return feature
+    is_convolution = isinstance(head, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    if isinstance(head, nn.Linear) or (feature.ndim == 3 and not is_convolution):
+        return feature.flatten(1, -2).mean(1)
+    return feature.flatten(2).mean(2)
 
 
 def _first_tensor(output: Any) -> Tensor:

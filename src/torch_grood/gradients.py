@@ -94,8 +94,8 @@ class GradientField:
         self._class_squares = self._classes.square().sum(1)
 
     @torch.no_grad()
-    def __call__(self, features: Tensor) -> PrototypeGeometry:
-        """Evaluate eq. 5 at `features` (n, d).
+    def __call__(self, features: Tensor, first: int = 0) -> PrototypeGeometry:
+        """Evaluate eq. 5 at `features` (n, d); in an error their first row is called sample `first`.
 
         Raises:
             GroodError: for shapes that do not fit, or a feature that is NaN or infinite (its row is named).
@@ -117,7 +117,7 @@ class GradientField:
             scores = torch.cat([class_distance2.sqrt(), ood_distance[block]], dim=1).neg_()
             torch.sub(scores[:, -1], torch.logsumexp(scores, dim=1), out=log_magnitude[block])
             nearest[block] = class_distance2.argmin(1)
-        _check_finite(log_magnitude[:n], features)
+        _check_finite(log_magnitude[:n], features, first)
         # Where h = p_ood the offset is the zero vector and stays so: the subgradient of least norm.
         direction = offset.div_(ood_distance.clamp_min_(torch.finfo(torch.float64).tiny))
         return PrototypeGeometry(PolarGradients(log_magnitude[:n], direction[:n]), nearest[:n])
@@ -182,7 +182,7 @@ def _check_features(features: Tensor, d: int) -> None:
         raise GroodError(f"features must be of a float dtype, got {features.dtype}; convert them with .float()")
 
 
-def _check_finite(log_magnitude: Tensor, features: Tensor) -> None:
+def _check_finite(log_magnitude: Tensor, features: Tensor, first: int) -> None:
     """A NaN or an infinity anywhere in a row, or a prototype, makes its log π NaN."""
     bad = (~log_magnitude.isfinite()).nonzero().flatten()
     if len(bad) == 0:
@@ -192,9 +192,9 @@ def _check_finite(log_magnitude: Tensor, features: Tensor) -> None:
     broken = (~values.isfinite()).nonzero().flatten()
     if len(broken):
         column = int(broken[0])
-        what = f"feature {column} of sample {row} is {values[column].item()}"
+        what = f"feature {column} of sample {first + row} is {values[column].item()}"
     else:
-        what = f"sample {row} or a prototype is too large for float64, or a prototype is not finite"
+        what = f"sample {first + row} or a prototype is too large for float64, or a prototype is not finite"
     raise GroodError(
         f"{what} ({len(bad)} of {len(features)} samples affected); GROOD needs finite features. "
         "Check the input images and the model (half precision may overflow), or leave these samples out."

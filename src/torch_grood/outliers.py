@@ -15,8 +15,10 @@ from __future__ import annotations
 import hashlib
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from functools import partial
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -40,8 +42,9 @@ __all__ = [
     "outlier_source",
 ]
 
-# An image is hashed by at most this many of its bytes, spread evenly: enough to tell images apart.
-_HASHED_BYTES = 8192
+_LEAST_MIXED, _MOST_MIXED = 100, 1000
+# Larger images are folded to this many numbers before they are hashed, which is the slow part.
+_FOLD = 2048
 
 
 @dataclass(frozen=True)
@@ -90,15 +93,13 @@ class OutlierSource(ABC):
     Attributes:
         uses_ood_data: real OOD data are part of the detector.
         uses_early_layer: needs early prototypes, hence an early layer.
-        n_training_samples: training samples that `fit` keeps for it.
     """
 
     uses_ood_data: ClassVar[bool] = False
     uses_early_layer: ClassVar[bool] = False
 
-    @property
-    def n_training_samples(self) -> int:
-        """Training samples that `fit` keeps for this source."""
+    def n_training_samples(self, n_all: int | None) -> int:
+        """Training samples that `fit` keeps for this source, of `n_all` (None: not known before the end)."""
         return 0
 
     @abstractmethod
@@ -120,23 +121,28 @@ class Mixup(OutlierSource):
     """The paper's synthetic outliers: training samples mixed with the early prototype of their runner-up class.
 
     Args:
-        n: training samples to mix, drawn by seed over the whole training set; all of them if it has fewer.
+        n: training samples to mix, drawn by seed over the whole training set; all of them if it has fewer. None: a
+            fiftieth of the training set, at least 100 and at most 1,000: the error of the mean falls as 1/√n, and so
+            mixing takes about a fiftieth of the time of `fit`.
         lam: λ, the weight of the sample itself, in [0, 1]. With 1 the "outliers" are the samples.
     """
 
-    n: int = 100
+    n: int | None = None
     lam: float = 0.9
     uses_early_layer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_count(self.n)
-        if not 0 <= self.lam <= 1:
-            raise GroodError(f"lam is the weight of the sample in the mix, between 0 and 1; got {self.lam}")
+        if self.n is not None:
+            object.__setattr__(self, "n", _checked_count(self.n))
+        if not isinstance(self.lam, Real) or not 0 <= self.lam <= 1:
+            raise GroodError(f"lam is the weight of the sample in the mix, between 0 and 1; got {self.lam!r}")
+        object.__setattr__(self, "lam", float(self.lam))
 
-    @property
-    def n_training_samples(self) -> int:
+    def n_training_samples(self, n_all: int | None) -> int:
         """See `OutlierSource`."""
-        return self.n
+        if self.n is not None:
+            return self.n
+        return _MOST_MIXED if n_all is None else min(max(n_all // 50, _LEAST_MIXED), _MOST_MIXED)
 
     def features(self, context: OutlierContext) -> Tensor:
         """See `OutlierSource.features`."""
@@ -174,7 +180,7 @@ class UniformNoise(OutlierSource):
     n: int = 100
 
     def __post_init__(self) -> None:
-        _check_count(self.n)
+        object.__setattr__(self, "n", _checked_count(self.n))
 
     def features(self, context: OutlierContext) -> Tensor:
         """See `OutlierSource.features`."""
@@ -185,9 +191,9 @@ class UniformNoise(OutlierSource):
         low, high = (bound.view(-1, *[1] * (len(context.image_shape) - 1)) for bound in context.channel_range)
         kept: list[Tensor] = []
         for _ in track(range(-(-self.n // 10)), context.progress, "noise"):
-            noise = torch.rand(100, *context.image_shape, generator=generator)
+            noise = torch.rand(100, *context.image_shape, generator=generator, dtype=torch.float32)
             if noise.ndim == 4:
-                sigma = float(torch.empty(1).uniform_(0.2, 5.0, generator=generator))
+                sigma = float(torch.empty(1, dtype=torch.float32).uniform_(0.2, 5.0, generator=generator))
                 noise = _gaussian_blur(noise, sigma)
             noise = low + (high - low) * noise
             parts = [extractor(part) for part in torch.split(noise, context.batch_size)]
@@ -212,7 +218,7 @@ class OutlierSamples(OutlierSource):
 
     def __post_init__(self) -> None:
         if self.n is not None:
-            _check_count(self.n)
+            object.__setattr__(self, "n", _checked_count(self.n))
 
     def features(self, context: OutlierContext) -> Tensor:
         """See `OutlierSource.features`."""
@@ -254,12 +260,13 @@ def outlier_source(config: dict[str, Any]) -> OutlierSource:
     """
     arguments = dict(config)
     name = arguments.pop("name", None)
-    if name == "OutlierSamples":
-        # The images are not kept; to fit again takes a new source.
-        return OutlierSamples((), **arguments)
-    known = {source.__name__: source for source in (Mixup, UniformNoise, PrototypeMean)}
+    known: dict[Any, Callable[..., OutlierSource]] = {
+        source.__name__: source for source in (Mixup, UniformNoise, PrototypeMean)
+    }
+    # The images are not kept; to fit again takes a new source.
+    known["OutlierSamples"] = partial(OutlierSamples, ())
     if name not in known:
-        raise GroodError(f"unknown outlier source {name!r}; known are {', '.join(known)} and OutlierSamples")
+        raise GroodError(f"unknown outlier source {name!r}; known are {', '.join(known)}")
     try:
         return known[name](**arguments)
     except TypeError as error:
@@ -274,37 +281,60 @@ class SampleReservoir:
     Args:
         n: samples to keep.
         seed: another seed draws another sample.
+
+    Attributes:
+        size: samples to keep.
     """
 
     def __init__(self, n: int, seed: int) -> None:
-        self._n = n
+        self.size = n
         self._key = seed.to_bytes(8, "little", signed=True)
         self._heap: list[tuple[int, int, Tensor, int]] = []
         self._count = 0
 
     def offer(self, images: Tensor, runner_up: Tensor) -> None:
         """Offer a batch of images (n, ...) with their runner-up classes (n,)."""
-        if self._n == 0:
+        if self.size == 0:
             return
-        content = images.detach().flatten(1).cpu()
-        content = content[:, :: max(1, content.shape[1] * content.element_size() // _HASHED_BYTES)].contiguous()
-        rows = content.view(torch.uint8).numpy()
+        rows = _folded(images.detach().flatten(1).cpu().contiguous().view(torch.uint8)).numpy()
         for image, row, partner in zip(images, rows, runner_up.tolist(), strict=True):
             digest = hashlib.blake2b(row.data, digest_size=8, key=self._key).digest()
             # A heap of the negated priorities has the sample to be replaced next on top.
             entry = -int.from_bytes(digest, "little")
             self._count += 1
-            if len(self._heap) < self._n:
+            if len(self._heap) < self.size:
                 heapq.heappush(self._heap, (entry, self._count, image.detach().cpu().clone(), partner))
             elif entry > self._heap[0][0]:
                 heapq.heapreplace(self._heap, (entry, self._count, image.detach().cpu().clone(), partner))
 
-    def samples(self) -> TrainingSamples | None:
-        """The sample, in an order that depends on content and seed alone; None if none was asked for or offered."""
+    def samples(self, most: int | None = None) -> TrainingSamples | None:
+        """The sample, or a sample of at most `most`, in an order that depends on content and seed alone.
+
+        None if none was asked for or offered.
+
+        Raises:
+            GroodError: if the images have several sizes.
+        """
         if not self._heap:
             return None
-        entries = sorted(self._heap, key=lambda entry: (-entry[0], entry[1]))
+        entries = sorted(self._heap, key=lambda entry: (-entry[0], entry[1]))[:most]
+        shapes = sorted({tuple(entry[2].shape) for entry in entries})
+        if len(shapes) > 1:
+            raise GroodError(
+                f"the training images have several sizes, {shapes[0]} and {shapes[1]} for example, and are to be "
+                "mixed; give the transform a crop"
+            )
         return TrainingSamples(torch.stack([e[2] for e in entries]), torch.tensor([e[3] for e in entries]))
+
+
+def _folded(content: Tensor) -> Tensor:
+    """Each row of bytes, or for long rows the sums of its 32-bit words at equal positions: every byte counts."""
+    if content.shape[1] <= 16 * _FOLD:
+        return content
+    words = content.view(torch.int32) if content.shape[1] % 4 == 0 else content
+    whole = words.shape[1] // _FOLD * _FOLD
+    sums = words[:, :whole].view(len(words), -1, _FOLD).sum(1)
+    return torch.cat([sums, words[:, whole:]], dim=1).view(torch.uint8)
 
 
 def _extractor(source: OutlierSource, context: OutlierContext) -> FeatureExtractor:
@@ -316,9 +346,10 @@ def _extractor(source: OutlierSource, context: OutlierContext) -> FeatureExtract
     return context.extractor
 
 
-def _check_count(n: int) -> None:
-    if not isinstance(n, int) or n < 1:
+def _checked_count(n: Any) -> int:
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
         raise GroodError(f"n is a number of outliers, at least 1; got {n!r}")
+    return int(n)
 
 
 def _gaussian_blur(images: Tensor, sigma: float, size: tuple[int, int] = (7, 5)) -> Tensor:

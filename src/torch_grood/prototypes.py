@@ -9,7 +9,7 @@ activations of any shape (n, ...).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class ClassPrototypes:
     """
 
     def __init__(self, classes: int | Sequence[int | str]) -> None:
+        if isinstance(classes, str) or not isinstance(classes, (int, Iterable)):
+            raise GroodError(f"classes must be a number of classes or their names, got {classes!r}")
         names = range(classes) if isinstance(classes, int) else classes
         self.classes: tuple[int | str, ...] = tuple(names)
         if not self.classes:
@@ -132,7 +134,7 @@ class ClassPrototypes:
         Raises:
             GroodError: see `update`.
         """
-        if not isinstance(labels, Tensor) and any(isinstance(label, str) for label in labels):
+        if isinstance(labels, Sequence) and any(isinstance(label, str) for label in labels):
             unknown = next(
                 (i for i, label in enumerate(labels) if isinstance(label, str) and label not in self._row_of), -1
             )
@@ -160,7 +162,12 @@ def as_labels(labels: Any, n: int) -> Tensor:
     """
     if labels is None:
         raise GroodError("labels are missing; pass batches of (images, labels)")
-    tensor = torch.as_tensor(labels).detach().cpu()
+    try:
+        tensor = torch.as_tensor(labels).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise GroodError(f"labels must be integers, one a sample, got {type(labels).__name__}: {error}") from None
+    if n == 0 and tensor.numel() == 0:
+        return torch.empty(0, dtype=torch.int64)
     if tensor.ndim == 2 and tensor.shape[1] == 1:
         tensor = tensor.flatten()
     if tensor.ndim != 1 or len(tensor) != n:

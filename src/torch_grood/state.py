@@ -125,17 +125,20 @@ def build_state(
     )
     done = written = n_prototype_correct = 0
     chunks.reverse()
+    joined: list[Tensor] = []
     while chunks:
-        chunk = chunks.pop()
-        for part in torch.split(chunk, GRADIENT_ROWS):
-            geometry = gradient_field(part.cpu())
-            rows = slice(done, done + len(part))
-            n_prototype_correct += int((geometry.nearest == labels[rows]).sum())
-            kept = geometry.gradients.take(correct[rows])
-            target = slice(written, written + len(kept.log_magnitude))
-            stored.log_magnitude[target] = kept.log_magnitude
-            stored.direction[target] = kept.direction
-            done, written = rows.stop, target.stop
+        joined.append(chunks.pop())
+        if chunks and sum(map(len, joined)) < GRADIENT_ROWS:
+            continue
+        geometry = gradient_field(torch.cat(joined).cpu())
+        rows = slice(done, done + len(geometry.nearest))
+        n_prototype_correct += int((geometry.nearest == labels[rows]).sum())
+        kept = geometry.gradients.take(correct[rows])
+        target = slice(written, written + len(kept.log_magnitude))
+        stored.log_magnitude[target] = kept.log_magnitude
+        stored.direction[target] = kept.direction
+        done, written = rows.stop, target.stop
+        joined.clear()
     info = FitInfo(
         n_samples=n,
         n_indexed=written,

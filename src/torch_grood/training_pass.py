@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from torch_grood.errors import GroodError
 from torch_grood.features import FeatureExtractor
-from torch_grood.outliers import OutlierSource, SampleReservoir
+from torch_grood.outliers import OutlierSource, SampleReservoir, TrainingSamples
 from torch_grood.prototypes import ClassPrototypes, as_labels
 from torch_grood.state import GRADIENT_ROWS
 
@@ -33,14 +34,15 @@ class TrainingPass:
         extractor: FeatureExtractor,
         source: OutlierSource,
         seed: int,
-        dataset: Any,
+        loader: Iterable[Any],
         chosen: Sequence[int | str] | None,
     ) -> None:
         self._extractor = extractor
         self._source = source
-        self._dataset_classes = getattr(dataset, "classes", None)
+        self._dataset_classes = getattr(getattr(loader, "dataset", None), "classes", None)
+        self._n_all = _length_of(loader)
         self._chosen = chosen
-        self.reservoir = SampleReservoir(source.n_training_samples, seed)
+        self.reservoir = SampleReservoir(source.n_training_samples(self._n_all), seed)
         self.features: list[Tensor] = []
         self.rows: list[Tensor] = []
         self.predictions: list[Tensor] = []
@@ -70,13 +72,13 @@ class TrainingPass:
         rows = self._row_of[ids]
         early_prototypes = self.early_prototypes
         observe = None if early_prototypes is None else (lambda early: early_prototypes.update(early, rows))
-        found = self._extractor(images, observe)
-        features = found.features.float().cpu()
         try:
+            found = self._extractor(images, observe)
+            features = found.features.cpu()
             self.prototypes.update(features, rows)
         except GroodError as error:
             raise GroodError(f"in training samples {int(sample_ids[0])} to {int(sample_ids[-1])}: {error}") from None
-        if self._source.n_training_samples:
+        if self.reservoir.size:
             self.reservoir.offer(images, self._runner_up(found.logits))
         self._measure_images(images)
         self.features.append(features)
@@ -91,7 +93,11 @@ class TrainingPass:
         self.classes: tuple[int | str, ...] = tuple(range(n_logits))
         if names is not None and len(names) == n_logits and all(isinstance(name, (int, str)) for name in names):
             self.classes = tuple(names)
+        if isinstance(self._chosen, str) or not isinstance(self._chosen, (Iterable, NoneType)):
+            raise GroodError(f"classes must be a list of names or positions, got {self._chosen!r}")
         ids = range(n_logits) if self._chosen is None else sorted({self._class_id(name) for name in self._chosen})
+        if len(ids) == 0:
+            raise GroodError("classes=[] leaves no class; name those that take part, or leave it out for all")
         self.class_ids = torch.tensor(list(ids))
         self._row_of = torch.full((n_logits,), -1)
         self._row_of[self.class_ids] = torch.arange(len(self.class_ids))
@@ -131,20 +137,24 @@ class TrainingPass:
                 low, high = torch.minimum(low, self.channel_range[0]), torch.maximum(high, self.channel_range[1])
             self.channel_range = low, high
 
-    def memory_statement(self, loader: Iterable[Any]) -> str:
+    def samples(self) -> TrainingSamples | None:
+        """The training samples that the source asks for."""
+        return self.reservoir.samples(self._source.n_training_samples(self.n_samples))
+
+    def memory_statement(self) -> str:
         """What `fit` will keep, from its first batch."""
-        n = _length_of(loader)
-        d = self.features[0].shape[1]
+        n = self._n_all
+        d, width = self.features[0].shape[1], self.features[0].element_size()
         early = self.early_prototypes
         early_bytes = 0 if early is None else len(early.classes) * early.sample_size * 8
-        image_bytes = self._source.n_training_samples * 4 * torch.Size(self.image_shape).numel()
+        image_bytes = self.reservoir.size * 4 * torch.Size(self.image_shape).numel()
         fixed = f"{_megabytes(early_bytes)} of early prototypes, {_megabytes(image_bytes)} of images to mix"
         if n is None:
-            return f"fit keeps {4 * d} bytes a sample ({d} features), {fixed}; the loader does not tell its length"
+            return f"fit keeps {width * d} bytes a sample ({d} features), {fixed}; the loader does not tell its length"
         # Each chunk of features is let go when its gradients are stored: one copy, and what is under way.
-        total = 4 * d * n + early_bytes + image_bytes + 24 * d * GRADIENT_ROWS
+        total = max(4, width) * d * n + early_bytes + image_bytes + 24 * d * GRADIENT_ROWS
         statement = (
-            f"fit keeps {n:,} x {d} features ({_megabytes(4 * d * n)}), {fixed}: about {_megabytes(total)} in all, "
+            f"fit keeps {n:,} x {d} features ({_megabytes(width * d * n)}), {fixed}: about {_megabytes(total)} in all, "
             "beside the model"
         )
         installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
