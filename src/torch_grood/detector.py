@@ -17,6 +17,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from torch_grood.errors import GroodError, ModelMismatchError, NotFittedError
 from torch_grood.features import Extraction, FeatureExtractor, ModelFingerprint, model_fingerprint
 from torch_grood.neighbors import GradientIndex, IndexQuality, make_index
 from torch_grood.outliers import Mixup, OutlierContext, OutlierSource, PrototypeMean
-from torch_grood.prototypes import ClassPrototypes, as_labels
+from torch_grood.prototypes import ClassPrototypes, Labels, as_labels
 from torch_grood.state import GRADIENT_ROWS, FitInfo, FittedState, build_state
 from torch_grood.threshold import ConformalThreshold
 from torch_grood.training_pass import TrainingPass
@@ -209,8 +210,8 @@ class GROOD:
     def fit_features(
         self,
         features: Tensor,
-        labels: Tensor | Sequence[int | str],
-        predictions: Tensor | Sequence[int] | None = None,
+        labels: Labels,
+        predictions: Labels | None = None,
         *,
         ood_features: Tensor | None = None,
         classes: Sequence[int | str] | None = None,
@@ -231,6 +232,8 @@ class GROOD:
         """
         started = time.perf_counter()
         features = _as_features(features)
+        if isinstance(labels, np.ndarray):
+            labels = labels.tolist()
         if classes is None:
             classes = _classes_of(labels, predictions)
         prototypes = ClassPrototypes(classes)

@@ -49,6 +49,10 @@ class PolarGradients(NamedTuple):
         """The gradients of the given rows."""
         return PolarGradients(self.log_magnitude[rows], self.direction[rows])
 
+    def log_norm(self) -> Tensor:
+        """Log ‖H‖₂: log π, but -inf for the zero vector at h = p_ood."""
+        return self.log_magnitude.masked_fill(~self.direction.any(1), -torch.inf)
+
     def vectors(self, log_scale: float = 0.0) -> Tensor:
         """H · exp(-log_scale), (n, d), in the dtype of `direction`."""
         magnitude = (self.log_magnitude - log_scale).exp()
@@ -89,6 +93,8 @@ class GradientField:
                 f"got {tuple(class_prototypes.shape)} and {tuple(ood_prototype.shape)}"
             )
         device = _float64_device(class_prototypes.device)
+        if not (bool(class_prototypes.isfinite().all()) and bool(ood_prototype.isfinite().all())):
+            raise GroodError("a class prototype or the OOD prototype is not finite; check the features they come from")
         self._origin = ood_prototype.detach().to(device, torch.float64)
         self._classes = class_prototypes.detach().to(device, torch.float64) - self._origin
         self._class_squares = self._classes.square().sum(1)
@@ -118,8 +124,10 @@ class GradientField:
             torch.sub(scores[:, -1], torch.logsumexp(scores, dim=1), out=log_magnitude[block])
             nearest[block] = class_distance2.argmin(1)
         _check_finite(log_magnitude[:n], features, first)
-        # Where h = p_ood the offset is the zero vector and stays so: the subgradient of least norm.
-        direction = offset.div_(ood_distance.clamp_min_(torch.finfo(torch.float64).tiny))
+        # Where h = p_ood the direction is the zero vector: the subgradient of least norm. Nearer than 1e-150, where the
+        # square underflows, counts as equal.
+        apart = ood_distance > 1e-150
+        direction = offset.div_(ood_distance.masked_fill_(~apart, 1.0)).mul_(apart)
         return PrototypeGeometry(PolarGradients(log_magnitude[:n], direction[:n]), nearest[:n])
 
     def _class_distance2(self, offset: Tensor, squares: Tensor) -> Tensor:
@@ -194,7 +202,7 @@ def _check_finite(log_magnitude: Tensor, features: Tensor, first: int) -> None:
         column = int(broken[0])
         what = f"feature {column} of sample {first + row} is {values[column].item()}"
     else:
-        what = f"sample {first + row} or a prototype is too large for float64, or a prototype is not finite"
+        what = f"sample {first + row} or a prototype is too large for float64"
     raise GroodError(
         f"{what} ({len(bad)} of {len(features)} samples affected); GROOD needs finite features. "
         "Check the input images and the model (half precision may overflow), or leave these samples out."

@@ -252,11 +252,27 @@ class PrototypeMean(OutlierSource):
         return context.class_prototypes.mean(0, keepdim=True)
 
 
+@dataclass(frozen=True)
+class ForeignSource(OutlierSource):
+    """A source of the user's own that a stored detector was fitted with: its name, without its code."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    def features(self, context: OutlierContext) -> Tensor:
+        """Not possible."""
+        raise GroodError(f"the outlier source {self.name!r} is not part of torch-grood; pass outliers=… to fit again")
+
+    def config(self) -> dict[str, Any]:
+        """See `OutlierSource.config`."""
+        return {"name": self.name, **self.arguments}
+
+
 def outlier_source(config: dict[str, Any]) -> OutlierSource:
     """Make the source that `config` describes (see `OutlierSource.config`).
 
     Raises:
-        GroodError: for an unknown name or arguments.
+        GroodError: for a missing name or wrong arguments.
     """
     arguments = dict(config)
     name = arguments.pop("name", None)
@@ -265,8 +281,10 @@ def outlier_source(config: dict[str, Any]) -> OutlierSource:
     }
     # The images are not kept; to fit again takes a new source.
     known["OutlierSamples"] = partial(OutlierSamples, ())
+    if not isinstance(name, str):
+        raise GroodError(f"an outlier source has a name, known are {', '.join(known)}; got {config!r}")
     if name not in known:
-        raise GroodError(f"unknown outlier source {name!r}; known are {', '.join(known)}")
+        return ForeignSource(name, arguments)
     try:
         return known[name](**arguments)
     except TypeError as error:

@@ -12,12 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from torch_grood.errors import GroodError
 
-__all__ = ["ClassPrototypes", "as_labels"]
+__all__ = ["ClassPrototypes", "Labels", "as_labels"]
+
+Labels = Tensor | npt.NDArray[Any] | Sequence[int] | Sequence[str] | Sequence[int | str]
 
 # Above this many numbers a sample, adding sample by sample beats converting the whole batch to float64 first.
 _LARGE_ACTIVATION = 4096
@@ -54,7 +58,7 @@ class ClassPrototypes:
         self._sums: Tensor | None = None
         self._row_of = {name: row for row, name in enumerate(self.classes)}
 
-    def update(self, activations: Tensor, labels: Tensor | Sequence[int | str]) -> None:
+    def update(self, activations: Tensor, labels: Labels) -> None:
         """Add samples.
 
         Args:
@@ -128,12 +132,14 @@ class ClassPrototypes:
         counts = self.counts.to(self._sums.device, torch.float64)
         return self._sums / counts.view(-1, *[1] * (self._sums.ndim - 1))
 
-    def rows(self, labels: Tensor | Sequence[int | str], n: int) -> Tensor:
+    def rows(self, labels: Labels, n: int) -> Tensor:
         """Rows of `classes` for n labels, int64 (n,) on the CPU.
 
         Raises:
             GroodError: see `update`.
         """
+        if isinstance(labels, np.ndarray):
+            labels = labels.tolist()
         if isinstance(labels, Sequence) and any(isinstance(label, str) for label in labels):
             unknown = next(
                 (i for i, label in enumerate(labels) if isinstance(label, str) and label not in self._row_of), -1
@@ -182,7 +188,7 @@ def as_labels(labels: Any, n: int) -> Tensor:
 
 def _raise_if_not_finite(activations: Tensor) -> None:
     """The sum of finite numbers may overflow; only a number that is not finite itself is an error."""
-    finite = activations.flatten(1).isfinite().all(1)
+    finite = activations.reshape(len(activations), -1).isfinite().all(1)
     if not bool(finite.all()):
         sample = int((~finite).nonzero()[0])
         raise GroodError(

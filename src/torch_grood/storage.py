@@ -13,9 +13,11 @@ the seed: reading a foreign index would trust its bytes. A file is written whole
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch_grood.errors import FormatError, GroodError
 from torch_grood.features import ModelFingerprint
 from torch_grood.gradients import PolarGradients
 from torch_grood.neighbors import ExactIndex, FaissIndex, GradientIndex
-from torch_grood.outliers import OutlierSource, PrototypeMean, outlier_source
+from torch_grood.outliers import OutlierSource, outlier_source
 from torch_grood.state import FitInfo, FittedState
 from torch_grood.threshold import ConformalThreshold
 
@@ -64,6 +66,7 @@ def save(path: Path, detector: GROOD, state: FittedState) -> None:
     Raises:
         GroodError: if the folder cannot be written to, or the metadata are not JSON.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     import torch_grood
@@ -92,12 +95,16 @@ def save(path: Path, detector: GROOD, state: FittedState) -> None:
     if detector.threshold_ is not None:
         tensors["calibration"] = detector.threshold_.log_scores
     try:
-        text = json.dumps(header, ensure_ascii=False, allow_nan=False)
+        # ASCII: a file name that is no Unicode has a lone surrogate in Python, which UTF-8 cannot hold.
+        text = json.dumps(header, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise GroodError(f"the detector's metadata cannot be written as JSON: {error}") from None
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={_KEY: text})
+        try:
+            save_file(tensors, temporary, metadata={_KEY: text})
+        except SafetensorError as error:
+            raise GroodError(f"cannot write {path}: {error}") from error
 
 
 def load(path: Path) -> StoredDetector:
@@ -117,7 +124,7 @@ def load(path: Path) -> StoredDetector:
                 raise FormatError(f"{path} is a safetensors file, but no detector of torch-grood")
             header = json.loads(metadata[_KEY])
             version = header.get("format_version") if isinstance(header, dict) else None
-            if not isinstance(version, int) or version < 1:
+            if type(version) is not int or version < 1:
                 raise FormatError(f"{path} does not tell the version of its format; it was altered")
             if version > FORMAT_VERSION:
                 raise FormatError(
@@ -127,13 +134,13 @@ def load(path: Path) -> StoredDetector:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise FormatError(f"{path} is no detector file, or is truncated or altered: {error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise FormatError(f"{path} cannot be read as a detector: {error}") from None
     try:
         return _restore(header, _checked(tensors))
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from None
-    except (GroodError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (GroodError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FormatError(f"{path} was altered: {error!r}") from None
 
 
@@ -146,6 +153,9 @@ def _checked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             raise FormatError(f"the tensor {name!r} is {tensors[name].dtype} {tuple(tensors[name].shape)}; altered")
         if tensors[name].is_floating_point() and not bool(tensors[name].isfinite().all()):
             raise FormatError(f"the tensor {name!r} holds NaN or infinity; the file was altered")
+    length = torch.linalg.vector_norm(tensors["direction"], dim=1)
+    if not bool((((length - 1).abs() < 1e-3) | (length == 0)).all()) or bool((tensors["log_magnitude"] > 0).any()):
+        raise FormatError("the gradients are not ones that a fit gives; the file was altered")
     n_classes, d = tensors["class_prototypes"].shape
     n = len(tensors["log_magnitude"])
     shapes = [tuple(tensors[name].shape) for name in _TENSORS]
@@ -159,18 +169,46 @@ def _checked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def _fit_info(stored: dict[str, Any]) -> FitInfo:
+    """What the header says of the fit, each entry of its type; entries that a later version added are passed over."""
+    types = get_type_hints(FitInfo)
+    found: dict[str, Any] = {}
+    for name, value in stored.items():
+        if name not in types:
+            continue
+        if name == "image_shape":
+            value = tuple(value)
+        hint = types[name]
+        # `tuple[int, ...]` is checked as a tuple, `float | None` as either.
+        allowed = get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,)
+        if type(value) not in allowed and not (type(value) is int and float in allowed):
+            raise FormatError(f"{name} of the fit is {value!r}; the file was altered")
+        found[name] = value
+    return FitInfo(**found)
+
+
 def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredDetector:
-    known = {item.name for item in fields(FitInfo)}
-    fit = {name: value for name, value in header["fit"].items() if name in known}
-    info = FitInfo(**{**fit, "image_shape": tuple(fit["image_shape"])})
-    classes = tuple(header["classes"])
+    info = _fit_info(header["fit"])
+    names = header["classes"]
+    if not isinstance(names, list) or any(type(name) not in (int, str) for name in names):
+        raise FormatError("the classes are not a list of names; the file was altered")
+    if len(set(names)) != len(names):
+        raise FormatError("a class is named twice; the file was altered")
+    classes = tuple(names)
     class_ids = tensors["class_ids"]
     if len(class_ids) == 0 or int(class_ids.min()) < 0 or int(class_ids.max()) >= len(classes):
         raise FormatError(f"the prototypes' classes are not among the {len(classes)} names; the file was altered")
     arguments = dict(header["index"])
     spec = arguments.pop("spec")
+    if spec == "exact" and arguments:
+        raise FormatError(f"exact search has no arguments {', '.join(arguments)}; the file was altered")
     index: GradientIndex = ExactIndex() if spec == "exact" else FaissIndex(spec, **arguments)
-    seed = int(header["seed"])
+    # faiss allocates what the string says; no list, code or graph needs a number beyond the gradients'.
+    if any(int(number) > max(len(tensors["direction"]), 4096) for number in re.findall(r"\d+", spec)):
+        raise FormatError(f"the index {spec!r} is too large for {len(tensors['direction'])} gradients; altered")
+    seed = header["seed"]
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise FormatError(f"the seed is {seed!r}; the file was altered")
     fingerprint = header["fingerprint"]
     state = FittedState(
         classes=classes,
@@ -186,9 +224,7 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredDetect
     threshold = None
     if header["fpr"] is not None:
         threshold = ConformalThreshold.fit(tensors["calibration"], header["fpr"])
-    # A source of real outliers, or features that were passed, are not in the file; fitting again needs them again.
-    outliers = header["outliers"]
-    source = outlier_source(outliers) if outliers else PrototypeMean()
+    source = outlier_source(header["outliers"])
     if not isinstance(header["metadata"], dict):
         raise FormatError("the metadata are not a JSON object; the file was altered")
     return StoredDetector(state, threshold, source, index, seed, header["metadata"])

@@ -56,7 +56,7 @@ class ConformalThreshold:
             raise GroodError("a calibration score is NaN; check the calibration images")
         threshold = cls(scores, float(fpr))
         if threshold._rank < 1:
-            needed = math.ceil(1 / fpr - 1e-9) - 1
+            needed = math.ceil(1 / fpr - 1e-9) - 1 if fpr > 1e-15 else 10**15
             raise GroodError(
                 f"a false-alarm rate of {fpr:g} cannot be promised from {len(scores)} calibration samples: the "
                 f"smallest possible is 1/(n + 1) = {1 / (len(scores) + 1):.4g}. "
@@ -81,8 +81,10 @@ class ConformalThreshold:
 
     @property
     def _rank(self) -> int:
-        # 1e-9: 0.05 · 20 must count as 1 in binary too.
-        return math.floor(self.fpr * (self.n + 1) + 1e-9)
+        """m: how many of the p-values 1/(n + 1), 2/(n + 1), … are at most fpr, as floating-point numbers."""
+        rank = math.floor(self.fpr * (self.n + 1))
+        # The product may round to either side of a whole number.
+        return next(m for m in (rank + 1, rank, rank - 1) if m / (self.n + 1) <= self.fpr)
 
     def p_values(self, log_scores: Tensor) -> Tensor:
         """p(s), float64 (n,); small for samples unlike the held-out ones."""

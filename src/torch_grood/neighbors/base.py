@@ -28,8 +28,13 @@ __all__ = [
 ]
 
 
+_SUM_LENGTH = 16_384
+
+
 class Neighbors(NamedTuple):
-    """The k nearest stored gradients of n queries, nearest first; among equals the lowest row first.
+    """The k nearest stored gradients of n queries, nearest first; among equal candidates the lowest row first.
+
+    A query 1e16 times longer than the stored gradients is equally far from all of them in float64; any is nearest.
 
     Attributes:
         log_distance: log ‖q - g‖₂, float64 (n, k); -inf for a gradient equal to the query.
@@ -117,11 +122,15 @@ def log_distance(queries: PolarGradients, stored: PolarGradients) -> Tensor:
     Computed from the difference of the vectors, in float64, in units of the larger of the two: nothing cancels but what
     the float32 directions have in common, and nothing underflows.
     """
-    unit = torch.maximum(queries.log_magnitude, stored.log_magnitude)
-    query_size = (queries.log_magnitude - unit).exp()
-    stored_size = (stored.log_magnitude - unit).exp()
+    query_norm, stored_norm = queries.log_norm(), stored.log_norm()
+    unit = torch.maximum(query_norm, stored_norm)
+    unit.masked_fill_(unit == -torch.inf, 0.0)
+    query_size = (query_norm - unit).exp()
+    stored_size = (stored_norm - unit).exp()
     difference = queries.direction.double() * query_size[:, None] - stored.direction.double() * stored_size[:, None]
-    return unit + difference.square_().sum(1).log_().mul_(0.5)
+    # In parts: torch splits a lone sum of 32,768 numbers or more among threads, and its bits would depend on the batch.
+    parts = torch.split(difference.square_(), _SUM_LENGTH, dim=1)
+    return unit + torch.stack([part.sum(1) for part in parts]).sum(0).log_().mul_(0.5)
 
 
 def nearest_pairs(

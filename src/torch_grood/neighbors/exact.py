@@ -74,8 +74,7 @@ class _Rows(NamedTuple):
 class _ExactSearcher(GradientSearcher):
     def __init__(self, gradients: PolarGradients, byte_budget: int) -> None:
         self.gradients = gradients
-        # ‖g‖ = π, but for h = p_ood, where g is the zero vector.
-        self._log_norm = gradients.log_magnitude.masked_fill(~gradients.direction.any(1), -torch.inf)
+        self._log_norm = gradients.log_norm()
         self._byte_budget = byte_budget
         # Lower and upper bounds, and the product itself, live at once.
         self._tile_rows = min(_TILE_ROWS, max(64, byte_budget // (4 * 4 * _TILE_QUERIES)))
@@ -84,6 +83,11 @@ class _ExactSearcher(GradientSearcher):
     def search(self, queries: PolarGradients, k: int = 1) -> Neighbors:
         self._check_k(k)
         device = self.gradients.direction.device
+        # Under the caller's autocast the product would be rounded to half precision.
+        with torch.autocast(device.type, enabled=False):
+            return self._search(queries, k, device)
+
+    def _search(self, queries: PolarGradients, k: int, device: torch.device) -> Neighbors:
         queries = PolarGradients(queries.log_magnitude.to(device), queries.direction.to(device, torch.float32))
         n = len(queries.log_magnitude)
         log_distance = torch.empty(n, k, dtype=torch.float64, device=device)
@@ -148,7 +152,12 @@ class _ExactSearcher(GradientSearcher):
 
 def _product_error(d: int) -> float:
     """γ: error bound of cos and of the few roundings after it, for the precision that torch multiplies in."""
-    roundoff = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}[torch.get_float32_matmul_precision()]
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # torch refuses to tell where the precision was set by its newer interface: the coarsest is safe.
+        precision = "medium"
+    roundoff = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}[precision]
     accumulation = (d + 16) * 2.0**-24
     # Directions are of unit length only up to the rounding of their d components to float32.
     return 2 * roundoff + 2 * accumulation + 2.0**-20 + math.sqrt(d) * 2.0**-23

@@ -47,6 +47,17 @@ class FaissIndex(GradientIndex):
     train_size: int = 500_000
     quality_queries: int = 256
 
+    def __post_init__(self) -> None:
+        counts = {"candidates": self.candidates, "train_size": self.train_size, "quality_queries": self.quality_queries}
+        for name, value in counts.items():
+            if type(value) is not int or value < (name != "quality_queries"):
+                raise GroodError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(self.factory, str) or not isinstance(self.parameters, Mapping):
+            raise GroodError("a faiss index takes a factory string and a mapping of parameters")
+        for name, number in self.parameters.items():
+            if not isinstance(name, str) or isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise GroodError(f"a search parameter is a name and a number, got {name!r}: {number!r}")
+
     @property
     def spec(self) -> str:
         """See `GradientIndex.spec`."""
@@ -81,14 +92,14 @@ class FaissIndex(GradientIndex):
             space = faiss.ParameterSpace()
             for name, value in self.parameters.items():
                 space.set_index_parameter(index, name, value)
+            searcher = _FaissSearcher(index, stored, unit, centre, self.candidates)
+            searcher.quality = _measure(searcher, self.quality_queries, seed)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise GroodError(
                 f"faiss cannot build index {self.factory!r} over {n} gradients of dimension {d}: {reason}. "
                 "Use fewer lists or another factory string, or index='exact'."
             ) from error
-        searcher = _FaissSearcher(index, stored, unit, centre, self.candidates)
-        searcher.quality = _measure(searcher, self.quality_queries, seed)
         return searcher
 
 
