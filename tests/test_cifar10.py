@@ -23,6 +23,9 @@ WEIGHTS = Path(os.environ.get("GROOD_WEIGHTS", DATA / "weights"))
 NETWORKS = next((p for p in (DATA / "networks.py", WEIGHTS.parent / "networks.py") if p.exists()), DATA / "networks.py")
 TRANSFORM = ImageTransform(32, 32, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+# Near AUROC in %, 2,000 training images against 1,000 images of each test set.
+GOLDEN = {"mixup": 88.19, "mean": 88.13, "real": 89.28}
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.data,
@@ -126,6 +129,3 @@ def test_the_batch_size_and_the_order_change_nothing(model: torch.nn.Module, fit
 def test_images_of_another_size_are_refused(fitted: GROOD) -> None:
     with pytest.raises(GroodError, match=r"shape \(3, 64, 64\).*fitted on images of shape \(3, 32, 32\)"):
         fitted.score(torch.zeros(2, 3, 64, 64), progress=False)
-
-
-GOLDEN = {"mixup": 0.0, "mean": 0.0, "real": 0.0}
