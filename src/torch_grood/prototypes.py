@@ -48,7 +48,8 @@ class ClassPrototypes:
         if isinstance(classes, str) or not isinstance(classes, (int, Iterable)):
             raise GroodError(f"classes must be a number of classes or their names, got {classes!r}")
         names = range(classes) if isinstance(classes, int) else classes
-        self.classes: tuple[int | str, ...] = tuple(names)
+        # numpy's integers as Python's, which JSON can hold.
+        self.classes: tuple[int | str, ...] = tuple(name if isinstance(name, str) else int(name) for name in names)
         if not self.classes:
             raise GroodError("there is no class; GROOD needs at least one")
         if len(set(self.classes)) != len(self.classes):

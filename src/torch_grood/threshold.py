@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ class ConformalThreshold:
             GroodError: for no score, NaN, or an fpr that is not in (0, 1) or too small to be promised.
         """
         scores = log_scores.detach().double().cpu().flatten().sort().values
-        if not (isinstance(fpr, (int, float)) and 0 < fpr < 1):
-            raise GroodError(f"fpr is the share of ID samples that may be flagged, between 0 and 1; got {fpr}")
+        if not (isinstance(fpr, Real) and 0 < fpr < 1):
+            raise GroodError(f"fpr is the share of ID samples that may be flagged, between 0 and 1; got {fpr!r}")
         if len(scores) == 0:
             raise GroodError("there is no calibration sample; pass held-out in-distribution samples")
         if bool(scores.isnan().any()):

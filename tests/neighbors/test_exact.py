@@ -328,7 +328,7 @@ def rounded_products(bits: int) -> Iterator[None]:
 def rows_that_round_alike(bits: int) -> tuple[PolarGradients, PolarGradients]:
     """Rows of two values (1 + x)/8 and (1 - y)/8: all 32 errors of a kind have one sign, and do not average out.
 
-    Below x = 2⁻ᵇⁱᵗˢ, 1 + x is rounded down and the near rows seem far; above, it is rounded up and the far ones seem near.
+    Below x = 2⁻ᵇⁱᵗˢ, 1 + x is rounded down and near rows seem far; above, it is rounded up and far ones seem near.
     """
     x = torch.linspace(0.97, 1.03, 800, dtype=torch.float64)[:, None] * 2.0**-bits
     y = 1 - (2 - (1 + x).square()).sqrt()

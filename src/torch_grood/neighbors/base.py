@@ -34,7 +34,8 @@ _SUM_LENGTH = 16_384
 class Neighbors(NamedTuple):
     """The k nearest stored gradients of n queries, nearest first; among equal candidates the lowest row first.
 
-    A query 1e16 times longer than the stored gradients is equally far from all of them in float64; any is nearest.
+    To a query 1e11 times longer than the stored gradients, float64 has them equally far or nearly so: the distance is
+    right to the last bits, but which of them is named may depend on the batch.
 
     Attributes:
         log_distance: log ‖q - g‖₂, float64 (n, k); -inf for a gradient equal to the query.

@@ -5,7 +5,8 @@ matrix product gives cos with a rounding error of at most γ (standard error ana
 hence t with an error of at most e = 2ab·γ + b²·ε, which stays small where b ≪ a, as it is for an outlier among the
 training gradients. A row is a candidate if its lower bound t - e is not above t + e of the k best rows found so far;
 no other row can be among the k nearest. The few candidates are decided by their true distances (`log_distance`), which
-do not depend on the tile or the batch: the result is exact, and a query gets the same bits alone or among thousands.
+do not depend on the tile or the batch: the result is exact, and a score has the same bits for a query alone or among
+thousands.
 
 Magnitudes may differ by hundreds of orders. All arithmetic is in units of e^s for groups of queries that have one
 scale: a query's k-th nearest distance is at most ‖q‖ + b_(k), with b_(k) the k-th smallest norm stored, so that rows
