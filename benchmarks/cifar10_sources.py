@@ -217,11 +217,13 @@ def _leave_classes_out(train: Extraction, predictions: Tensor, held_out: dict[st
     for c in range(10):
         keep = labels != c
         names = [k for k in range(10) if k != c]
-        row_of = torch.full((10,), 9)
+        row_of = torch.zeros(10, dtype=torch.int64)
         row_of[names] = torch.arange(9)
+        rows = row_of[labels[keep]]
+        # A sample that is taken for the class left out stays a wrong one.
+        predicted = torch.where(predictions[keep] == c, (rows + 1) % 9, row_of[predictions[keep]])
         detector = GROOD(None).fit_features(
-            train.features[keep], row_of[labels[keep]], row_of[predictions[keep]], ood_features=ood[c],
-            classes=names,
+            train.features[keep], rows, predicted, ood_features=ood[c], classes=names,
         )  # fmt: skip
         is_out = held_out["labels"] == c
         scores = detector.log_score_features(held_out["features"])

@@ -963,3 +963,10 @@ def test_block_is_a_residual_block() -> None:
     for parameter in block.conv2.parameters():
         parameter.data.zero_()
     assert torch.equal(block(images(channels=4)), images(channels=4).relu())
+
+
+def test_weights_that_are_nan_are_named_as_the_cause() -> None:
+    model = MLP()
+    torch.nn.init.constant_(model.out.weight, torch.nan)
+    with pytest.raises(GroodError, match="outputs are NaN or infinite; check its weights"):
+        FeatureExtractor(model).resolve(table())

@@ -597,8 +597,11 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
 
 
 def test_a_directory_and_nothing(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing", tmp_path / "no folder" / "x", Path()):
+    for path in (tmp_path / "missing", tmp_path / "no folder" / "x"):
         with pytest.raises(FormatError, match="there is no detector file"):
+            GROOD.load(path)
+    for path in (tmp_path, Path(), Path(os.devnull)):
+        with pytest.raises(FormatError, match="is no regular file"):
             GROOD.load(path)
 
 
@@ -706,7 +709,7 @@ def test_folders_that_cannot_be_written_to(detector: GROOD, tmp_path: Path) -> N
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "missing" / "x", tmp_path / "file" / "x", tmp_path / "folder"):
-        with pytest.raises(GroodError, match="cannot write"):
+        with pytest.raises(GroodError, match=r"cannot write|is a folder; give the name of a file in it"):
             detector.save(path)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "file", tmp_path / "folder"]
     assert list((tmp_path / "folder").iterdir()) == []
@@ -786,3 +789,16 @@ GOLDEN_PROTOTYPES = [0, 1, 2, 0, 1, 2, 0, 1]
 if __name__ == "__main__":
     GOLDEN.parent.mkdir(exist_ok=True)
     write_golden(GOLDEN)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and links are POSIX")
+def test_only_files_are_replaced(detector: GROOD, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(GroodError, match="pipe is not a regular file; give another name"):
+        detector.save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real")
+    detector.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    GROOD.load(tmp_path / "real")

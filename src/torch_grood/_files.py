@@ -10,18 +10,19 @@ from pathlib import Path
 
 from torch_grood.errors import GroodError
 
-__all__ = ["replacing"]
+__all__ = ["replacing", "target_of"]
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, which takes its place, synced to disk, if the block succeeds.
 
-    A kill at any moment leaves the old file or the new one.
+    A kill at any moment leaves the old file or the new one. A link is followed: what it names is replaced.
 
     Raises:
-        GroodError: if the folder cannot be written to.
+        GroodError: if the folder cannot be written to, or `path` is a device, a pipe or a folder.
     """
+    path = target_of(path)
     temporary: Path | None = None
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -38,6 +39,19 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def target_of(path: Path) -> Path:
+    """The file that writing to `path` replaces.
+
+    Raises:
+        GroodError: if that is something else than a file, which renaming would destroy.
+    """
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        kind = "a folder; give the name of a file in it" if target.is_dir() else "not a regular file; give another name"
+        raise GroodError(f"{path} is {kind}")
+    return target
 
 
 def _umask() -> int:

@@ -11,7 +11,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -95,6 +95,7 @@ class GROOD:
 
     Attributes:
         classes_: names of the classifier's classes; labels are positions in it.
+        class_ids_: positions in it of the classes that take part, int64 (C,).
         class_prototypes_: float64 (C, d).
         ood_prototype_: float64 (d,).
         fit_info_: see `FitInfo`.
@@ -285,15 +286,25 @@ class GROOD:
         """Choose τ so that at most `fpr` of exchangeable ID inputs are called OOD.
 
         Args:
-            held_out: ID images that the model was not trained on and `fit` has not seen: a tensor, or batches.
+            held_out: ID images that the model was not trained on and `fit` has not seen: a tensor, or batches. Images
+                labelled with a class that was left out of the fit are not ID, and are passed over.
             fpr: false-alarm rate to promise, in (0, 1), at least 1 / (n + 1) for n held-out samples.
             progress: see `fit`.
 
         Raises:
             GroodError: for an fpr that cannot be promised, or images that cannot be scored.
         """
-        self._calibrate(self._scores(held_out, progress, "calibrate"), fpr)
+        self._calibrate(self._scores(self._taking_part(as_loader(held_out)), progress, "calibrate"), fpr)
         return self
+
+    def _taking_part(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """The batches without the images whose label is a class that was left out."""
+        state = self._need_state()
+        left_out = torch.ones(len(state.classes), dtype=torch.bool)
+        left_out[state.class_ids] = False
+        if not bool(left_out.any()):
+            return loader
+        return _Filtered(loader, left_out)
 
     def calibrate_features(self, features: Tensor, fpr: float = 0.05) -> Self:
         """As `calibrate`, from penultimate features (n, d)."""
@@ -436,6 +447,11 @@ class GROOD:
         return self._need_state().classes
 
     @property
+    def class_ids_(self) -> Tensor:
+        """Position in `classes_` of each class that takes part, int64 (C,)."""
+        return self._need_state().class_ids
+
+    @property
     def class_prototypes_(self) -> Tensor:
         """eq. 7, float64 (C, d)."""
         return self._need_state().class_prototypes
@@ -513,6 +529,27 @@ class GROOD:
                 f"this detector has no model; use the method for features ({what}_features), or GROOD(model)"
             )
         return self._extractor
+
+
+class _Filtered:
+    """A loader's batches without the images of some classes; batches without integer labels stay whole."""
+
+    def __init__(self, loader: Iterable[Any], left_out: Tensor) -> None:
+        self._loader = loader
+        self._left_out = left_out
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self._loader:
+            images, labels = split_batch(batch)
+            if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.shape == images.shape[:1]:
+                known = (labels >= 0) & (labels < len(self._left_out))
+                images = images[
+                    ~(known & self._left_out[labels.clamp(0, len(self._left_out) - 1).cpu()].to(known.device))
+                ]
+            yield images
 
 
 @dataclass(frozen=True)

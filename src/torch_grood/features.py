@@ -243,6 +243,10 @@ class FeatureExtractor:
             self._run(probe)
         else:
             found = self._heads(probe)
+            if not found and not bool(self._run_logits(probe).isfinite().all()):
+                raise GroodError(
+                    "the model's outputs are NaN or infinite; check its weights (half precision may overflow)"
+                )
             if not found:
                 linear = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
                 others = [name for name, module in self.model.named_modules() if name and not list(module.children())]
@@ -254,6 +258,9 @@ class FeatureExtractor:
             self.head = found[-1]
             self._head_is_logits = True
         self._resolved_head = True
+
+    def _run_logits(self, probe: Tensor) -> Tensor:
+        return _logits(self._forward(probe))
 
     def _heads(self, probe: Tensor) -> list[str]:
         """Names of the linear layers whose last output is the logits, in the order of their calls."""
@@ -270,7 +277,7 @@ class FeatureExtractor:
             for name, module in self.model.named_modules():
                 if isinstance(module, nn.Linear):
                     hooks.callback(module.register_forward_hook(record(name)).remove)
-            logits = _logits(self._forward(probe))
+            logits = self._run_logits(probe)
         alike = [name for name, output in outputs.items() if _orders_classes_alike(output, logits)]
         # An auxiliary head may order a few samples alike by chance; equality is no chance.
         return [name for name in alike if torch.equal(outputs[name], logits)] or alike

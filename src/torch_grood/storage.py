@@ -116,7 +116,7 @@ def load(path: Path) -> StoredDetector:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise FormatError(f"there is no detector file {path}")
+        raise FormatError(f"{path} is no regular file" if path.exists() else f"there is no detector file {path}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

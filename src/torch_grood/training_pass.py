@@ -91,7 +91,13 @@ class TrainingPass:
     def _name_classes(self, n_logits: int) -> None:
         names = self._dataset_classes
         self.classes: tuple[int | str, ...] = tuple(range(n_logits))
-        if names is not None and len(names) == n_logits and all(isinstance(name, (int, str)) for name in names):
+        if names is not None and all(isinstance(name, (int, str)) for name in names):
+            if len(names) != n_logits:
+                raise GroodError(
+                    f"the data have {len(names)} classes ({', '.join(map(str, names[:5]))}, …), the model {n_logits} "
+                    "outputs; a label must be the position of its class among the outputs. Class folders are numbered "
+                    "in the order of their names: use those the model was trained on, or an image list with labels."
+                )
             self.classes = tuple(names)
         if isinstance(self._chosen, str) or not isinstance(self._chosen, (Iterable, NoneType)):
             raise GroodError(f"classes must be a list of names or positions, got {self._chosen!r}")

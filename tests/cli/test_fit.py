@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ def test_says_what_it_does_and_what_came_out(digits: Path) -> None:
     assert "fit keeps 351 x 128 features" in result.err
     assert "classes 4: one, three, two, zero" in result.out
     assert re.search(r"accuracy on them [\d.]+ % classifier, [\d.]+ % nearest prototype", result.out)
-    assert re.search(r"threshold τ = [\d.e-]+: at most 5 % false alarms, from \d+ images", result.out)
+    assert re.search(
+        r"threshold τ = [\d.e-]+: on average at most 5 % false alarms on images like the \d+ it", result.out
+    )
     assert re.search(r"file new\.grood, [\d.]+ MB", result.out)
     detector = GROOD.load("new.grood")
     assert detector.classes_ == ("one", "three", "two", "zero")
@@ -197,3 +200,40 @@ def test_built_in_models_bring_their_preprocessing(digits: Path) -> None:
     if result.code == 0:
         scored = run("score", "r.grood", "ood", "--format", "csv", "--all")
         assert (scored.code, "using the weights r.safetensors" in scored.err) == (0, True)
+
+
+def test_folders_in_another_order_than_the_outputs_are_noticed(digits: Path) -> None:
+    (digits / "train" / "three").rename(digits / "train" / "u-three")
+    result = run(*FIT)
+    assert result.code == 0
+    assert "labels are probably not in the order of its outputs" in result.err
+
+
+def test_folders_that_are_not_the_outputs_are_refused(digits: Path) -> None:
+    shutil.rmtree(digits / "train" / "two")
+    result = run(*FIT)
+    assert result.code == 1
+    assert "the data have 3 classes (one, three, zero, …), the model 4 outputs" in result.err
+    assert not Path("new.grood").exists()
+
+
+def test_calibration_images_of_classes_left_out_do_not_count(digits: Path) -> None:
+    n_all = len(list((digits / "val").glob("*/*.png")))
+    n_two = len(list((digits / "val" / "two").glob("*.png")))
+    result = run(*FIT, "--calibrate", "val", "--classes", "one,three,zero")
+    assert result.code == 0
+    assert f"on images like the {n_all - n_two} it was calibrated on" in result.out
+    assert "classes 3: one, three, zero" in result.out
+
+
+@pytest.mark.parametrize("output", ["net.safetensors", "nets.py"])
+def test_no_input_is_overwritten(digits: Path, output: str) -> None:
+    before = Path(output).read_bytes()
+    result = run(*FIT[:-1], output)
+    assert (result.code, result.err) == (1, f"error: --output {output} would overwrite an input; give another name")
+    assert Path(output).read_bytes() == before
+
+
+def test_a_factory_without_weights_is_mentioned(digits: Path) -> None:
+    result = run("fit", "--model", "nets.py:net", "--num-classes", 4, *PREPARED, "--train", "train", "-o", "new.grood")
+    assert "no --weights: the network is as its factory made it" in result.err

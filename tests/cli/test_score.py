@@ -195,3 +195,18 @@ def test_other_weights_are_noticed(digits: Path) -> None:
     save_file({name: tensor + 1 for name, tensor in state.items()}, "net.safetensors")
     result = run("score", "net.grood", "ood", *MODEL)
     assert (result.code, "with other weights" in result.err) == (1, True)
+
+
+def test_no_input_is_overwritten(digits: Path) -> None:
+    image = next(Path("ood").iterdir())
+    for target in (Path("net.grood"), image):
+        before = target.read_bytes()
+        result = run("score", "net.grood", image, *MODEL, "--format", "csv", "--output", target)
+        assert result.code == 1
+        assert "would overwrite an input" in result.err
+        assert target.read_bytes() == before
+
+
+def test_files_that_are_no_images_are_mentioned(digits: Path) -> None:
+    Path("ood/notes.heic").write_text("x")
+    assert "ood: 1 files without an image's ending are left out" in run("score", "net.grood", "ood", *MODEL).err

@@ -30,6 +30,12 @@ class _Group(TyperGroup):
             typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
             typer.echo(plain(str(error)), err=True)
             raise typer.Exit(1) from None
+        except OSError as error:
+            # Reading and writing of files is caught where it happens; what is left is a stdout that takes no more.
+            if isinstance(error, BrokenPipeError) or os.environ.get("GROOD_DEBUG", "") not in ("", "0"):
+                raise
+            typer.echo(f"error: {plain(str(error))}", err=True)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None

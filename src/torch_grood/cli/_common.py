@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from torch_grood._files import target_of
 from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
@@ -198,6 +199,12 @@ def reporting(quiet: bool) -> Iterator[Reporter]:
         log.propagate = propagate
 
 
+def report_ignored(source: ImageSource, reporter: Reporter) -> None:
+    """Say that a folder holds files that are not taken for images."""
+    if source.ignored:
+        reporter.warn(f"{source.origin}: {source.ignored} files without an image's ending are left out")
+
+
 def report_bad(loader: ImageLoader, reporter: Reporter) -> None:
     """Say which files were left out."""
     if loader.bad:
@@ -205,11 +212,11 @@ def report_bad(loader: ImageLoader, reporter: Reporter) -> None:
         reporter.warn(f"left out {len(loader.bad)} unreadable of {len(loader.dataset)} images: {shown}")
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, *inputs: str | Path | None) -> None:
     """Fail before a long run, not after it.
 
     Raises:
-        GroodError: if the file could not be written.
+        GroodError: if the file could not be written, or is one of the inputs.
     """
     if path.is_dir():
         raise GroodError(f"{path} is a folder; give the name of a file in it: {path / 'detector.grood'}")
@@ -217,6 +224,10 @@ def check_output(path: Path) -> None:
         raise GroodError(f"the folder {path.parent} does not exist; make it first")
     if not os.access(path.parent, os.W_OK):
         raise GroodError(f"the folder {path.parent} cannot be written to; choose another --output")
+    target_of(path)
+    for source in inputs:
+        if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
+            raise GroodError(f"--output {path} would overwrite an input; give another name")
 
 
 def source_of(paths: Sequence[str], root: Path | None, labels: Literal["auto", "required", "none"]) -> ImageSource:

@@ -22,6 +22,7 @@ def facts(detector: GROOD, path: Path) -> dict[str, Any]:
         "file": str(path),
         "bytes": path.stat().st_size,
         "classes": list(detector.classes_),
+        "prototypes": [detector.classes_[i] for i in detector.class_ids_.tolist()],
         "fit": asdict(detector.fit_info_),
         "index": {"spec": detector.index.spec, "quality": None if quality is None else asdict(quality)},
         "seed": detector.seed,
@@ -35,7 +36,7 @@ def facts(detector: GROOD, path: Path) -> dict[str, Any]:
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """(what, value), safe to print."""
     fit, threshold = found["fit"], found["threshold"]
-    names = [] if found["classes"] == list(range(len(found["classes"]))) else found["classes"]
+    names = [] if found["classes"] == list(range(len(found["classes"]))) else found["prototypes"]
     accuracies = f"{_percent(fit['prototype_accuracy'])} nearest prototype"
     if fit["classifier_accuracy"] is not None:
         accuracies = f"{_percent(fit['classifier_accuracy'])} classifier, {accuracies}"
@@ -87,7 +88,8 @@ def _index(index: dict[str, Any]) -> str:
 
 def _threshold(threshold: dict[str, Any]) -> str:
     return (
-        f"τ = {threshold['tau']:.6g}: at most {_percent(threshold['fpr'])} false alarms, from {threshold['n']:,} images"
+        f"τ = {threshold['tau']:.6g}: on average at most {_percent(threshold['fpr'])} false alarms on images like the "
+        f"{threshold['n']:,} it was calibrated on"
     )
 
 

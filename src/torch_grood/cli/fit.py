@@ -26,6 +26,7 @@ from torch_grood.cli._common import (
     held_out_source,
     read_transform,
     report_bad,
+    report_ignored,
     reporting,
     shorten,
     source_of,
@@ -66,7 +67,8 @@ def fit(
         typer.Option(
             "--train",
             metavar="DIR|LIST",
-            help="The classifier's training images: a folder of class folders, or a list of lines 'path label'.",
+            help="The classifier's training images: a folder of class folders, which sorted by name are its outputs "
+            "0, 1, …; or a list of lines 'path label'.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The detector file to write.")],
@@ -150,7 +152,7 @@ def fit(
         grood fit --model nets.py:net --weights w.pt --transform cifar10 --train train.txt -o c.grood
         grood fit --model timm:resnet18 --train dogs --outliers samples --ood cats -o d.grood
     """
-    check_output(output)
+    check_output(output, weights, train, calibrate, ood, model.rpartition(":")[0])
     from torch_grood import GROOD
     from torch_grood.cli._summary import facts, rows
     from torch_grood.data import image_loader
@@ -183,8 +185,11 @@ def fit(
     )
     with reporting(quiet) as reporter:
         reporter.say(f"model: {loaded.spec}, on {next(iter(loaded.model.parameters())).device}")
+        if weights is None and loaded.transform is None:
+            reporter.warn("no --weights: the network is as its factory made it")
         reporter.say(f"preprocessing: {prepared}")
         reporter.say(f"training images: {len(source):,} from {source.origin}")
+        report_ignored(source, reporter)
         _run(
             detector.fit,
             loader_of(source),
@@ -289,6 +294,13 @@ def _check_apart(train: ImageSource, held_out: ImageSource) -> None:
 
 def _check_accuracy(info: FitInfo, reporter: Reporter) -> None:
     accuracy, chance = info.classifier_accuracy, 1 / info.n_classes
+    if accuracy is not None and accuracy < info.prototype_accuracy - 0.2:
+        reporter.warn(
+            f"the nearest class prototype is right on {100 * info.prototype_accuracy:.1f} % of the training images, "
+            f"the classifier on {100 * accuracy:.1f} % only: the labels are probably not in the order of its outputs. "
+            "Class folders count in the order of their names; an image list gives each label itself."
+        )
+        return
     if accuracy is not None and info.n_classes > 1 and accuracy < chance + 0.1 * (1 - chance):
         reporter.warn(
             f"the classifier is right on {100 * accuracy:.1f} % of the training images, and chance is "

@@ -30,6 +30,7 @@ from torch_grood.cli._common import (
     open_detector,
     plain,
     report_bad,
+    report_ignored,
     reporting,
     source_of,
 )
@@ -89,12 +90,13 @@ def score(
     """
     chosen = _format(format, output)
     if output is not None:
-        check_output(output)
+        check_output(output, detector, weights, *images)
     from torch_grood.data import image_loader
 
     source = source_of(images, root, "none")
     with reporting(quiet) as reporter:
         loaded, prepared = open_detector(detector, model, weights, num_classes, transform, device, reporter)
+        report_ignored(source, reporter)
         loader = image_loader(
             source, prepared, batch_size=batch_size, workers=workers, on_bad="skip" if skip_bad else "raise"
         )
