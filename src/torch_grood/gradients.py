@@ -111,7 +111,7 @@ class GradientField:
         n, device = len(features), self._origin.device
         n_padded = -(-n // BLOCK_ROWS) * BLOCK_ROWS
         offset = torch.zeros(n_padded, d, dtype=torch.float64, device=device)
-        torch.sub(features.detach().to(device, torch.float64), self._origin, out=offset[:n])
+        torch.sub(features.detach().to(device), self._origin, out=offset[:n])
         ood_distance = torch.empty(n_padded, 1, dtype=torch.float64, device=device)
         log_magnitude = torch.empty(n_padded, dtype=torch.float64, device=device)
         nearest = torch.empty(n_padded, dtype=torch.int64, device=device)
@@ -127,7 +127,7 @@ class GradientField:
         # Where h = p_ood the direction is the zero vector: the subgradient of least norm. Nearer than 1e-150, where the
         # square underflows, counts as equal.
         apart = ood_distance > 1e-150
-        direction = offset.div_(ood_distance.masked_fill_(~apart, 1.0)).mul_(apart)
+        direction = offset.mul_(ood_distance.reciprocal_().masked_fill_(~apart, 0.0))
         return PrototypeGeometry(PolarGradients(log_magnitude[:n], direction[:n]), nearest[:n])
 
     def _class_distance2(self, offset: Tensor, squares: Tensor) -> Tensor:
