@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # A matrix product of another shape may take another code path and round differently; one shape has one path.
-BLOCK_ROWS = 64
+BLOCK_ROWS = 128
 
 
 class PolarGradients(NamedTuple):
@@ -110,7 +110,8 @@ class GradientField:
         _check_features(features, d)
         n, device = len(features), self._origin.device
         n_padded = -(-n // BLOCK_ROWS) * BLOCK_ROWS
-        offset = torch.zeros(n_padded, d, dtype=torch.float64, device=device)
+        offset = torch.empty(n_padded, d, dtype=torch.float64, device=device)
+        offset[n:] = 0
         torch.sub(features.detach().to(device), self._origin, out=offset[:n])
         ood_distance = torch.empty(n_padded, 1, dtype=torch.float64, device=device)
         log_magnitude = torch.empty(n_padded, dtype=torch.float64, device=device)
@@ -175,7 +176,9 @@ def ood_gradient(
         GroodError: for shapes that do not fit, or a feature that is NaN or infinite (its row is named).
     """
     gradients = polar_ood_gradient(features, class_prototypes, ood_prototype)
-    return gradients.vectors(log_scale).to(device=features.device, dtype=features.dtype)
+    # In place: the direction is ours, and a fresh array costs as much as the arithmetic.
+    vectors = gradients.direction.mul_((gradients.log_magnitude - log_scale).exp_()[:, None])
+    return vectors.to(device=features.device, dtype=features.dtype)
 
 
 def _float64_device(device: torch.device) -> torch.device:
