@@ -77,7 +77,9 @@ def _outliers(fit: dict[str, Any]) -> str:
     name = source.pop("name", "?")
     arguments = ", ".join(f"{key}={value}" for key, value in source.items())
     text = f"{name}({arguments})"
-    return f"{text}, REAL OOD DATA were used ({fit['n_outliers']:,} images)" if fit["uses_ood_data"] else text
+    if fit["uses_ood_data"]:
+        return f"{text}, REAL OOD DATA were used ({fit['n_outliers']:,} images)"
+    return f"{text}, {fit['n_outliers']:,} of them" if fit["n_outliers"] > 1 else text
 
 
 def _index(index: dict[str, Any]) -> str:
