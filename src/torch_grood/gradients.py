@@ -93,11 +93,11 @@ class GradientField:
                 f"got {tuple(class_prototypes.shape)} and {tuple(ood_prototype.shape)}"
             )
         device = _float64_device(class_prototypes.device)
-        if not (bool(class_prototypes.isfinite().all()) and bool(ood_prototype.isfinite().all())):
-            raise GroodError("a class prototype or the OOD prototype is not finite; check the features they come from")
         self._origin = ood_prototype.detach().to(device, torch.float64)
         self._classes = class_prototypes.detach().to(device, torch.float64) - self._origin
         self._class_squares = self._classes.square().sum(1)
+        if not bool(self._class_squares.isfinite().all()):
+            raise GroodError("a class prototype or the OOD prototype is not finite; check the features they come from")
 
     @torch.no_grad()
     def __call__(self, features: Tensor, first: int = 0) -> PrototypeGeometry:
