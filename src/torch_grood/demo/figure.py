@@ -97,6 +97,6 @@ def scores_figure(
 
 def _caption(alarms: FalseAlarms) -> str:
     return (
-        f"Scores right of τ (grey) are flagged. τ promises: at most {100 * alarms.promised:g} % of known images are. "
+        f"Right of τ (grey): flagged. The promise: on average at most {100 * alarms.promised:g} % of known images. "
         f"Observed: {alarms.count} of {alarms.n} ({100 * alarms.observed:.1f} %)."
     )
