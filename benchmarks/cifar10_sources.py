@@ -175,7 +175,7 @@ def _training_pass(model: torch.nn.Module, layer: str, loader: ImageLoader, seed
             one = OutlierContext(passed.prototypes.means, extractor, early.means, part, batch_size=200, progress=False)
             for lam in LAMBDAS:
                 left_out[str(lam)].append(Mixup(n=N_LEFT_OUT, lam=lam).features(one))
-    features = torch.cat(passed.features)
+    features = torch.cat(list(passed.features.drain()))
     with torch.no_grad():
         logits = model.get_submodule(extractor.head or "")(features)
     return {

@@ -91,7 +91,7 @@ def _mixing_and_gradients(model: nn.Module, loader: DataLoader[tuple[Tensor, ...
             passed.prototypes.means, extractor, early.means, passed.samples(), batch_size=128, progress=False
         )
         build_state(
-            ExactIndex(), 0, chunks=passed.features, labels=torch.cat(passed.rows),
+            ExactIndex(), 0, features=passed.features.drain(), labels=torch.cat(passed.rows),
             predictions=torch.cat(passed.predictions), sample_ids=torch.cat(passed.sample_ids),
             prototypes=passed.prototypes, classes=passed.classes, class_ids=passed.class_ids,
             outlier_features=source.features(context), source=source,

@@ -142,7 +142,7 @@ def assert_equal(first: GROOD, second: GROOD) -> None:
         (a.class_ids, b.class_ids),
         (a.sample_ids, b.sample_ids),
         (a.searcher.gradients.log_magnitude, b.searcher.gradients.log_magnitude),
-        (a.searcher.gradients.direction, b.searcher.gradients.direction),
+        (a.searcher.gradients.codes, b.searcher.gradients.codes),
     ]:
         assert x.dtype == y.dtype
         assert torch.equal(x, y)
@@ -253,7 +253,7 @@ def test_the_same_detector_gives_the_same_bytes(detector: GROOD, saved: Path, tm
 def test_safetensors_alone_reads_the_file(saved: Path, detector: GROOD) -> None:
     with safe_open(saved, framework="pt") as file:
         header = json.loads(file.metadata()[KEY])
-    assert header["format_version"] == FORMAT_VERSION == 1
+    assert header["format_version"] == FORMAT_VERSION == 2
     assert header["classes"] == [0, 1, 2, 3]
     assert header["fpr"] == 0.1
     assert header["metadata"] == detector.metadata
@@ -402,7 +402,7 @@ def drop(*keys: str) -> Edit:
 
 
 BAD_HEADERS: list[tuple[Edit, str]] = [
-    (set_("format_version", 2), "has format 2, written by torch-grood .*reads up to 1. Install a newer torch-grood"),
+    (set_("format_version", 3), "has format 3, written by torch-grood .*reads up to 2. Install a newer torch-grood"),
     (set_("format_version", 10**9), "Install a newer"),
     (set_("format_version", 0), "does not tell the version of its format"),
     (set_("format_version", "1"), "does not tell the version"),

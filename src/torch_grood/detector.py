@@ -25,10 +25,12 @@ from torch_grood._batches import as_loader, split_batch
 from torch_grood._progress import Progress, track
 from torch_grood.errors import GroodError, ModelMismatchError, NotFittedError
 from torch_grood.features import Extraction, FeatureExtractor, ModelFingerprint, model_fingerprint
-from torch_grood.neighbors import GradientIndex, IndexQuality, make_index
-from torch_grood.outliers import Mixup, OutlierContext, OutlierSource, PrototypeMean
+from torch_grood.gradients import PolarGradients
+from torch_grood.neighbors import GradientIndex, IndexQuality, StoreOptions, Subset, make_index
+from torch_grood.neighbors.store import as_store_options
+from torch_grood.outliers import Mixup, OutlierContext, OutlierSource, PrototypeMean, content_keys
 from torch_grood.prototypes import ClassPrototypes, Labels, as_labels
-from torch_grood.state import GRADIENT_ROWS, FitInfo, FittedState, build_state
+from torch_grood.state import GRADIENT_ROWS, FitInfo, FittedState, build_state, with_added, with_removed
 from torch_grood.threshold import ConformalThreshold
 from torch_grood.training_pass import TrainingPass
 
@@ -92,6 +94,8 @@ class GROOD:
         head: name of the module whose input is the penultimate feature; found if None.
         early_layer: name of the module whose output is mixed; found if None.
         seed: of everything random; the same seed gives the same detector, in whatever order the samples come.
+        store: how the gradients are kept: "float32", "float16", "int8", or `StoreOptions` with a memory budget.
+        subset: which of them are kept: `ClassSample(…)` or `KCenterCoreset(…)`; None: all.
 
     Attributes:
         classes_: names of the classifier's classes; labels are positions in it.
@@ -115,6 +119,8 @@ class GROOD:
         head: str | None = None,
         early_layer: str | None = None,
         seed: int = 0,
+        store: str | StoreOptions = "float32",
+        subset: Subset | None = None,
     ) -> None:
         if model is None and (head is not None or early_layer is not None):
             raise GroodError("head and early_layer name modules of a model, and there is none")
@@ -128,6 +134,10 @@ class GROOD:
         self.head = head
         self.early_layer = early_layer
         self.seed = _checked_seed(seed)
+        if subset is not None and not isinstance(subset, Subset):
+            raise GroodError(f"subset must be ClassSample(…), KCenterCoreset(…) or None, got {subset!r}")
+        self.store = as_store_options(store)
+        self.subset = subset
         self.metadata: dict[str, Any] = {}
         self.threshold_: ConformalThreshold | None = None
         self._state: FittedState | None = None
@@ -162,7 +172,7 @@ class GROOD:
         extractor = self._need_extractor("fit")
         started = time.perf_counter()
         with extractor.evaluation():
-            passed = TrainingPass(extractor, self.outliers, self.seed, loader, classes)
+            passed = TrainingPass(extractor, self.outliers, self.seed, loader, classes, self.store, self.subset)
             if isinstance(loader, Tensor):
                 raise GroodError("fit needs labels; pass a loader of (images, labels) batches, not a tensor of images")
             for batch in track(as_loader(loader), progress, "fit"):
@@ -187,7 +197,7 @@ class GROOD:
         state = build_state(
             self.index,
             self.seed,
-            chunks=passed.features,
+            features=passed.features.drain(),
             labels=torch.cat(passed.rows),
             predictions=torch.cat(passed.predictions),
             sample_ids=torch.cat(passed.sample_ids),
@@ -196,6 +206,9 @@ class GROOD:
             class_ids=passed.class_ids,
             outlier_features=outlier_features,
             source=self.outliers,
+            store=self.store,
+            subset=self.subset,
+            keys=torch.cat(passed.keys) if passed.keys else None,
         )
         info = replace(
             state.info,
@@ -266,7 +279,7 @@ class GROOD:
         state = build_state(
             self.index,
             self.seed,
-            chunks=list(torch.split(features, GRADIENT_ROWS)),
+            features=torch.split(features, GRADIENT_ROWS),
             labels=rows,
             predictions=predicted,
             sample_ids=torch.arange(len(features)),
@@ -275,9 +288,94 @@ class GROOD:
             class_ids=torch.arange(len(prototypes.classes)),
             outlier_features=outlier_features,
             source=source,
+            store=self.store,
+            subset=self.subset,
+            keys=None if self.subset is None else content_keys(features, self.seed),
         )
         self._adopt(replace(state, info=replace(state.info, seconds=time.perf_counter() - started)))
         return self
+
+    def add(self, loader: Iterable[Any], *, progress: Progress = None) -> Self:
+        """Store the gradients of more training samples, without a refit: prototypes and classes stay as they are.
+
+        The threshold stays, too: with more stored gradients no score is larger, so that the promised false-alarm rate
+        still holds; calibrate again to catch as many outliers as it allows.
+
+        Args:
+            loader: batches (images, labels) as for `fit`; their positions go on where those before ended.
+            progress: see `fit`.
+
+        Raises:
+            GroodError: as `fit`; the detector is unchanged then.
+        """
+        state, extractor = self._need_state(), self._need_extractor("add")
+        if isinstance(loader, Tensor):
+            raise GroodError("add needs labels; pass a loader of (images, labels) batches, not a tensor of images")
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        with extractor.evaluation():
+            for batch in track(as_loader(loader), progress, "add"):
+                images, labels = split_batch(batch)
+                if len(images):
+                    if state.info.image_shape and tuple(images.shape[1:]) != state.info.image_shape:
+                        raise _wrong_shape("added", images, state.info.image_shape)
+                    ids = ClassPrototypes(state.classes).rows(labels, len(images))
+                    found = extractor(images)
+                    parts.append((found.features.cpu(), ids, found.logits.argmax(1).cpu()))
+        if not parts:
+            raise GroodError("the loader gave no training sample; check the path and the loader")
+        return self._add(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+    def add_features(self, features: Tensor, labels: Labels, predictions: Labels | None = None) -> Self:
+        """As `add`, from penultimate features (n, d); labels and predictions as for `fit_features`."""
+        state, features = self._need_state(), _as_features(features)
+        ids = ClassPrototypes(state.classes).rows(labels, len(features))
+        return self._add(features, ids, ids if predictions is None else as_labels(predictions, len(features)))
+
+    def _add(self, features: Tensor, ids: Tensor, predictions: Tensor) -> Self:
+        state = self._need_state()
+        taking_part = torch.isin(ids, state.class_ids)
+        kept = (taking_part & (predictions == ids)).nonzero().flatten()
+        parts = [state.gradient_field(part).gradients for part in torch.split(features[kept], GRADIENT_ROWS)]
+        gradients = PolarGradients(*(torch.cat(field) for field in zip(*parts, strict=True)))
+        new = with_added(
+            state,
+            self.seed,
+            gradients,
+            kept + state.info.n_read,
+            n_used=int(taking_part.sum()),
+            n_left_out=int((~taking_part).sum()),
+            store=self.store,
+        )
+        self._adopt(new, self.threshold_)
+        return self
+
+    def remove(self, sample_ids: Tensor | Sequence[int]) -> int:
+        """Delete the stored gradients of training samples, as a request for deletion asks; prototypes stay.
+
+        Scores grow, so that a threshold loses its promise: the detector is not calibrated afterwards. The prototypes
+        are means that the samples had a part in; to leave no trace of them at all, fit again without them.
+
+        Args:
+            sample_ids: positions in the training set as it was read, as `Prediction.neighbor` gives them.
+
+        Returns:
+            The number of gradients deleted; samples that were never stored have none.
+
+        Raises:
+            GroodError: for a position that does not exist, or if nothing would be left.
+        """
+        state = self._need_state()
+        ids = as_labels(sample_ids, len(sample_ids))
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < state.info.n_read:
+            raise GroodError(
+                f"sample ids are positions from 0 to {state.info.n_read - 1} in the training set, got "
+                f"{int(ids.min())} to {int(ids.max())}"
+            )
+        new = with_removed(state, self.seed, ids, self.store)
+        n_removed = state.info.n_indexed - new.info.n_indexed
+        if n_removed:
+            self._adopt(new)
+        return n_removed
 
     def _adopt(self, state: FittedState, threshold: ConformalThreshold | None = None) -> None:
         self._state, self.threshold_ = state, threshold
@@ -416,10 +514,7 @@ class GROOD:
                 if len(batch_images) == 0:
                     continue
                 if expected and tuple(batch_images.shape[1:]) != expected:
-                    raise GroodError(
-                        f"images of shape {tuple(batch_images.shape[1:])} cannot be scored: the detector was fitted on "
-                        f"images of shape {expected}. Apply the same transform to all."
-                    )
+                    raise _wrong_shape("scored", batch_images, expected)
                 found = extractor(batch_images)
                 scores = self._scores_of_features(found.features, first=done)
                 parts.append(scores._replace(label=found.logits.argmax(1).cpu()))
@@ -500,6 +595,8 @@ class GROOD:
             head=None if model is None else _existing(model, info.head),
             early_layer=None if model is None else _existing(model, info.early_layer),
             seed=stored.seed,
+            store=stored.state.searcher.gradients.dtype,
+            subset=stored.subset,
         )
         if model is not None:
             _check_model(model, stored.state.fingerprint, path)
@@ -529,6 +626,13 @@ class GROOD:
                 f"this detector has no model; use the method for features ({what}_features), or GROOD(model)"
             )
         return self._extractor
+
+
+def _wrong_shape(what: str, images: Tensor, expected: tuple[int, ...]) -> GroodError:
+    return GroodError(
+        f"images of shape {tuple(images.shape[1:])} cannot be {what}: the detector was fitted on images of shape "
+        f"{expected}. Apply the same transform to all."
+    )
 
 
 class _Filtered:

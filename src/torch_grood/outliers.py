@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
 from numbers import Integral, Real
@@ -39,6 +39,7 @@ __all__ = [
     "SampleReservoir",
     "TrainingSamples",
     "UniformNoise",
+    "content_keys",
     "outlier_source",
 ]
 
@@ -314,11 +315,9 @@ class SampleReservoir:
         """Offer a batch of images (n, ...) with their runner-up classes (n,)."""
         if self.size == 0:
             return
-        rows = _folded(images.detach().flatten(1).cpu().contiguous().view(torch.uint8)).numpy()
-        for image, row, partner in zip(images, rows, runner_up.tolist(), strict=True):
-            digest = hashlib.blake2b(row.data, digest_size=8, key=self._key).digest()
+        for image, priority, partner in zip(images, _priorities(images, self._key), runner_up.tolist(), strict=True):
             # A heap of the negated priorities has the sample to be replaced next on top.
-            entry = -int.from_bytes(digest, "little")
+            entry = -priority
             self._count += 1
             if len(self._heap) < self.size:
                 heapq.heappush(self._heap, (entry, self._count, image.detach().cpu().clone(), partner))
@@ -343,6 +342,18 @@ class SampleReservoir:
                 "mixed; give the transform a crop"
             )
         return TrainingSamples(torch.stack([e[2] for e in entries]), torch.tensor([e[3] for e in entries]))
+
+
+def content_keys(samples: Tensor, seed: int) -> Tensor:
+    """A pseudo-random number for each of n samples, from its content and the seed alone, int64 (n,)."""
+    # Another key than the reservoir's, which draws from the same images.
+    numbers = _priorities(samples, seed.to_bytes(8, "little", signed=True) + b"subset")
+    return torch.tensor([number >> 1 for number in numbers], dtype=torch.int64)
+
+
+def _priorities(samples: Tensor, key: bytes) -> Iterator[int]:
+    rows = _folded(samples.detach().flatten(1).cpu().contiguous().view(torch.uint8)).numpy()
+    return (int.from_bytes(hashlib.blake2b(row.data, digest_size=8, key=key).digest(), "little") for row in rows)
 
 
 def _folded(content: Tensor) -> Tensor:

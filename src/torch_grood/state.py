@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,11 +13,12 @@ from torch import Tensor
 from torch_grood.errors import GroodError
 from torch_grood.features import ModelFingerprint
 from torch_grood.gradients import GradientField, PolarGradients
-from torch_grood.neighbors import GradientIndex, GradientSearcher
+from torch_grood.neighbors import GradientIndex, GradientSearcher, StoreOptions, Subset
+from torch_grood.neighbors.store import StoreWriter
 from torch_grood.outliers import OutlierSource
 from torch_grood.prototypes import ClassPrototypes
 
-__all__ = ["GRADIENT_ROWS", "FitInfo", "FittedState", "build_state"]
+__all__ = ["GRADIENT_ROWS", "FitInfo", "FittedState", "build_state", "with_added", "with_removed"]
 
 # Gradients are computed in float64; this many rows at a time bounds that memory.
 GRADIENT_ROWS = 8192
@@ -27,7 +30,7 @@ class FitInfo:
 
     Attributes:
         n_samples: training samples used.
-        n_indexed: those whose gradients are stored: the correctly classified ones.
+        n_indexed: those whose gradients are stored: the correctly classified ones, or a subset of them.
         n_classes: classes with a prototype.
         n_features: dimension d of the penultimate feature.
         n_left_out: training samples of classes that were left out.
@@ -40,6 +43,13 @@ class FitInfo:
         head: module whose input is the penultimate feature.
         early_layer: module whose output was mixed.
         seconds: duration of the fit.
+        n_correct: correctly classified training samples, which a subset was chosen from; 0 in a file of format 1.
+        subset: name and arguments of the subset that is stored; None: all.
+        covering_radius: ε: no gradient that the subset left out is farther from a stored one, so that no score is more
+            than ε larger than with all; None if unknown, or if all are stored.
+        rounding_radius: the largest ‖g - ĝ‖₂ of a gradient and what is stored of it: no score is farther off.
+        n_added: training samples that came after the fit.
+        n_removed: stored gradients that were removed after it.
     """
 
     n_samples: int
@@ -56,6 +66,17 @@ class FitInfo:
     head: str | None = None
     early_layer: str | None = None
     seconds: float = 0.0
+    n_correct: int = 0
+    subset: dict[str, Any] | None = None
+    covering_radius: float | None = None
+    rounding_radius: float = 0.0
+    n_added: int = 0
+    n_removed: int = 0
+
+    @property
+    def n_read(self) -> int:
+        """Training samples that were read, whose positions are 0 … n_read - 1."""
+        return self.n_samples + self.n_left_out
 
 
 @dataclass(frozen=True)
@@ -93,7 +114,7 @@ def build_state(
     index: GradientIndex,
     seed: int,
     *,
-    chunks: list[Tensor],
+    features: Iterable[Tensor],
     labels: Tensor,
     predictions: Tensor | None,
     sample_ids: Tensor,
@@ -102,10 +123,14 @@ def build_state(
     class_ids: Tensor,
     outlier_features: Tensor,
     source: OutlierSource,
+    store: StoreOptions = StoreOptions(),  # noqa: B008 (immutable)
+    subset: Subset | None = None,
+    keys: Tensor | None = None,
 ) -> FittedState:
-    """From features to an index over gradients; `chunks` is emptied, so that no second copy of it lives.
+    """From features to an index over gradients.
 
-    `labels` are rows of the prototypes, `predictions` positions in `classes`.
+    `features` come in parts, which are let go as they are used; `labels` are rows of the prototypes, `predictions`
+    positions in `classes`; a subset needs `keys`, see `Subset.sample`.
     """
     ood_prototype = outlier_features.double().mean(0).cpu()
     class_prototypes = prototypes.means.cpu()
@@ -118,38 +143,39 @@ def build_state(
             f"the classifier is wrong on all {len(labels)} training samples, so there is no gradient to store; "
             "are the labels in the order of its outputs, and is the transform its own?"
         )
-    n, d = len(labels), len(ood_prototype)
-    stored = PolarGradients(
-        torch.empty(int(correct.sum()), dtype=torch.float64),
-        torch.empty(int(correct.sum()), d, dtype=torch.float32),
-    )
-    done = written = n_prototype_correct = 0
-    chunks.reverse()
-    joined: list[Tensor] = []
-    while chunks:
-        joined.append(chunks.pop())
-        if chunks and sum(map(len, joined)) < GRADIENT_ROWS:
-            continue
-        geometry = gradient_field(torch.cat(joined).cpu())
-        rows = slice(done, done + len(geometry.nearest))
+    kept = correct
+    chosen = None if subset is None or keys is None else subset.sample(labels[correct], keys[correct])
+    if chosen is not None:
+        kept = torch.zeros_like(correct)
+        kept[correct.nonzero().flatten()[chosen]] = True
+    writer = StoreWriter(int(kept.sum()), len(ood_prototype), store)
+    done = n_prototype_correct = 0
+    for part in _joined(features):
+        geometry = gradient_field(part.cpu())
+        rows = slice(done, done + len(part))
         n_prototype_correct += int((geometry.nearest == labels[rows]).sum())
-        kept = geometry.gradients.take(correct[rows])
-        target = slice(written, written + len(kept.log_magnitude))
-        stored.log_magnitude[target] = kept.log_magnitude
-        stored.direction[target] = kept.direction
-        done, written = rows.stop, target.stop
-        joined.clear()
+        writer.append(geometry.gradients.take(kept[rows]))
+        done = rows.stop
+    gradients = writer.finish()
+    sample_ids = sample_ids[kept]
+    coverage = None if subset is None else subset.cover(gradients)
+    if coverage is not None:
+        gradients, sample_ids = gradients.select(coverage.rows, store), sample_ids[coverage.rows]
     info = FitInfo(
-        n_samples=n,
-        n_indexed=written,
+        n_samples=len(labels),
+        n_indexed=len(gradients),
         n_classes=len(class_prototypes),
-        n_features=d,
+        n_features=len(ood_prototype),
         n_left_out=0,
         classifier_accuracy=None if predictions is None else float(correct.double().mean()),
-        prototype_accuracy=n_prototype_correct / n,
+        prototype_accuracy=n_prototype_correct / len(labels),
         outlier_source=source.config(),
         uses_ood_data=source.uses_ood_data,
         n_outliers=len(outlier_features),
+        n_correct=int(correct.sum()),
+        subset=None if subset is None else subset.config(),
+        covering_radius=None if coverage is None else math.exp(coverage.log_radius),
+        rounding_radius=math.exp(gradients.log_rounding),
     )
     return FittedState(
         classes=classes,
@@ -157,8 +183,72 @@ def build_state(
         class_prototypes=class_prototypes,
         ood_prototype=ood_prototype,
         index=index,
-        searcher=index.build(stored, seed=seed),
-        sample_ids=sample_ids[correct],
+        searcher=index.build(gradients, seed=seed),
+        sample_ids=sample_ids,
         fingerprint=None,
         info=info,
     )
+
+
+def _joined(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Small parts together, so that each has enough rows to be worth a computation."""
+    joined: list[Tensor] = []
+    for part in parts:
+        joined.append(part)
+        if sum(map(len, joined)) >= GRADIENT_ROWS:
+            yield torch.cat(joined)
+            joined.clear()
+    if joined:
+        yield torch.cat(joined)
+
+
+def with_added(
+    state: FittedState,
+    seed: int,
+    gradients: PolarGradients,
+    sample_ids: Tensor,
+    *,
+    n_used: int,
+    n_left_out: int,
+    store: StoreOptions,
+) -> FittedState:
+    """`state` with the gradients of more training samples; its prototypes stay.
+
+    Args:
+        state: to start from; unchanged.
+        seed: of the index.
+        gradients: of correctly classified samples.
+        sample_ids: theirs, int64.
+        n_used: samples of classes that take part, right or wrong.
+        n_left_out: samples of other classes.
+        store: where the stored gradients go.
+    """
+    searcher = state.searcher.with_added(gradients, store, seed=seed)
+    info = replace(
+        state.info,
+        n_samples=state.info.n_samples + n_used,
+        n_left_out=state.info.n_left_out + n_left_out,
+        n_indexed=len(searcher.gradients),
+        n_added=state.info.n_added + n_used,
+        rounding_radius=math.exp(searcher.gradients.log_rounding),
+    )
+    return replace(state, searcher=searcher, sample_ids=torch.cat([state.sample_ids, sample_ids]), info=info)
+
+
+def with_removed(state: FittedState, seed: int, sample_ids: Tensor, store: StoreOptions) -> FittedState:
+    """`state` without the stored gradients of some training samples; its prototypes stay."""
+    kept = (~torch.isin(state.sample_ids, sample_ids)).nonzero().flatten()
+    n_removed = len(state.sample_ids) - len(kept)
+    if len(kept) == 0:
+        raise GroodError("no stored gradient would be left; a detector needs at least one")
+    if n_removed == 0:
+        return state
+    searcher = state.searcher.with_only(kept, store, seed=seed)
+    info = replace(
+        state.info,
+        n_indexed=len(kept),
+        n_removed=state.info.n_removed + n_removed,
+        # What a removed gradient stood for may be farther from those that stay.
+        covering_radius=None,
+    )
+    return replace(state, searcher=searcher, sample_ids=state.sample_ids[kept], info=info)

@@ -13,6 +13,7 @@ the seed: reading a foreign index would trust its bytes. A file is written whole
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +26,8 @@ from torch import Tensor
 from torch_grood._files import replacing
 from torch_grood.errors import FormatError, GroodError
 from torch_grood.features import ModelFingerprint
-from torch_grood.gradients import PolarGradients
-from torch_grood.neighbors import ExactIndex, FaissIndex, GradientIndex
+from torch_grood.neighbors import ExactIndex, FaissIndex, GradientIndex, GradientStore, Subset
+from torch_grood.neighbors.subset import make_subset
 from torch_grood.outliers import OutlierSource, outlier_source
 from torch_grood.state import FitInfo, FittedState
 from torch_grood.threshold import ConformalThreshold
@@ -36,14 +37,14 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT_VERSION", "StoredDetector", "load", "save"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _KEY = "torch-grood"
+_DIRECTIONS = (torch.float32, torch.float16, torch.int8)
 _TENSORS: dict[str, tuple[torch.dtype, int]] = {
     "class_prototypes": (torch.float64, 2),
     "ood_prototype": (torch.float64, 1),
     "class_ids": (torch.int64, 1),
     "log_magnitude": (torch.float64, 1),
-    "direction": (torch.float32, 2),
     "sample_ids": (torch.int64, 1),
 }
 
@@ -56,6 +57,7 @@ class StoredDetector:
     threshold: ConformalThreshold | None
     outliers: OutlierSource
     index: GradientIndex
+    subset: Subset | None
     seed: int
     metadata: dict[str, Any]
 
@@ -71,7 +73,7 @@ def save(path: Path, detector: GROOD, state: FittedState) -> None:
 
     import torch_grood
 
-    index = state.index
+    index, store = state.index, state.searcher.gradients
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "library_version": torch_grood.__version__,
@@ -88,10 +90,12 @@ def save(path: Path, detector: GROOD, state: FittedState) -> None:
         "class_prototypes": state.class_prototypes,
         "ood_prototype": state.ood_prototype,
         "class_ids": state.class_ids,
-        "log_magnitude": state.searcher.gradients.log_magnitude,
-        "direction": state.searcher.gradients.direction,
+        "log_magnitude": store.log_magnitude,
+        "direction": store.codes,
         "sample_ids": state.sample_ids,
     }
+    if store.scale is not None:
+        tensors["direction_scale"] = store.scale
     if detector.threshold_ is not None:
         tensors["calibration"] = detector.threshold_.log_scores
     try:
@@ -145,7 +149,7 @@ def load(path: Path) -> StoredDetector:
 
 
 def _checked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, if they have the right types and fit together."""
+    """The tensors beside the directions, if they have the right types and fit together."""
     for name, (dtype, ndim) in _TENSORS.items():
         if name not in tensors:
             raise FormatError(f"the tensor {name!r} is missing; the file was altered")
@@ -153,13 +157,10 @@ def _checked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             raise FormatError(f"the tensor {name!r} is {tensors[name].dtype} {tuple(tensors[name].shape)}; altered")
         if tensors[name].is_floating_point() and not bool(tensors[name].isfinite().all()):
             raise FormatError(f"the tensor {name!r} holds NaN or infinity; the file was altered")
-    length = torch.linalg.vector_norm(tensors["direction"], dim=1)
-    if not bool((((length - 1).abs() < 1e-3) | (length == 0)).all()) or bool((tensors["log_magnitude"] > 0).any()):
-        raise FormatError("the gradients are not ones that a fit gives; the file was altered")
     n_classes, d = tensors["class_prototypes"].shape
     n = len(tensors["log_magnitude"])
     shapes = [tuple(tensors[name].shape) for name in _TENSORS]
-    if shapes != [(n_classes, d), (d,), (n_classes,), (n,), (n, d), (n,)] or n == 0:
+    if shapes != [(n_classes, d), (d,), (n_classes,), (n,), (n,)] or n == 0:
         raise FormatError(f"the shapes of the tensors do not fit together: {dict(zip(_TENSORS, shapes, strict=True))}")
     calibration = tensors.get("calibration")
     if calibration is not None and (
@@ -167,6 +168,31 @@ def _checked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     ):
         raise FormatError("the calibration scores are not in ascending order; the file was altered")
     return tensors
+
+
+def _store(tensors: dict[str, Tensor], rounding_radius: float) -> GradientStore:
+    """The stored gradients, if they are ones that a fit gives."""
+    direction, scale = tensors.get("direction"), tensors.get("direction_scale")
+    n, d = len(tensors["log_magnitude"]), tensors["class_prototypes"].shape[1]
+    if direction is None or direction.dtype not in _DIRECTIONS:
+        raise FormatError("the tensor 'direction' is missing or of a wrong type; the file was altered")
+    if direction.shape != (n, d):
+        raise FormatError(f"the shapes of the tensors do not fit together: direction is {tuple(direction.shape)}")
+    if (scale is None) != (direction.dtype == torch.float32) or (
+        scale is not None and (scale.dtype != torch.float32 or scale.shape != (n,))
+    ):
+        raise FormatError("the tensor 'direction_scale' does not fit the directions; the file was altered")
+    if bool((tensors["log_magnitude"] > 0).any()) or not 0 <= rounding_radius < math.inf:
+        raise FormatError("the gradients are not ones that a fit gives; the file was altered")
+    log_rounding = math.log(rounding_radius) if rounding_radius else -math.inf
+    store = GradientStore(tensors["log_magnitude"], direction, scale, log_rounding)
+    for rows in store.chunks():
+        length = torch.linalg.vector_norm(store.directions(rows), dim=1)
+        if not bool(length.isfinite().all()):
+            raise FormatError("the tensor 'direction' holds NaN or infinity; the file was altered")
+        if not bool((((length - 1).abs() < 1e-3) | (length == 0)).all()):
+            raise FormatError("the gradients are not ones that a fit gives; the file was altered")
+    return store
 
 
 def _fit_info(stored: dict[str, Any]) -> FitInfo:
@@ -189,6 +215,7 @@ def _fit_info(stored: dict[str, Any]) -> FitInfo:
 
 def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredDetector:
     info = _fit_info(header["fit"])
+    store = _store(tensors, info.rounding_radius)
     names = header["classes"]
     if not isinstance(names, list) or any(type(name) not in (int, str) for name in names):
         raise FormatError("the classes are not a list of names; the file was altered")
@@ -204,8 +231,8 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredDetect
         raise FormatError(f"exact search has no arguments {', '.join(arguments)}; the file was altered")
     index: GradientIndex = ExactIndex() if spec == "exact" else FaissIndex(spec, **arguments)
     # faiss allocates what the string says; no list, code or graph needs a number beyond the gradients'.
-    if any(int(number) > max(len(tensors["direction"]), 4096) for number in re.findall(r"\d+", spec)):
-        raise FormatError(f"the index {spec!r} is too large for {len(tensors['direction'])} gradients; altered")
+    if any(int(number) > max(len(store), 4096) for number in re.findall(r"\d+", spec)):
+        raise FormatError(f"the index {spec!r} is too large for {len(store)} gradients; altered")
     seed = header["seed"]
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise FormatError(f"the seed is {seed!r}; the file was altered")
@@ -216,7 +243,7 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredDetect
         class_prototypes=tensors["class_prototypes"],
         ood_prototype=tensors["ood_prototype"],
         index=index,
-        searcher=index.build(PolarGradients(tensors["log_magnitude"], tensors["direction"]), seed=seed),
+        searcher=index.build(store, seed=seed),
         sample_ids=tensors["sample_ids"],
         fingerprint=None if fingerprint is None else ModelFingerprint(**fingerprint),
         info=info,
@@ -227,4 +254,4 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredDetect
     source = outlier_source(header["outliers"])
     if not isinstance(header["metadata"], dict):
         raise FormatError("the metadata are not a JSON object; the file was altered")
-    return StoredDetector(state, threshold, source, index, seed, header["metadata"])
+    return StoredDetector(state, threshold, source, index, make_subset(info.subset), seed, header["metadata"])

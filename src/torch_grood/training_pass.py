@@ -17,7 +17,9 @@ from torch import Tensor
 
 from torch_grood.errors import GroodError
 from torch_grood.features import FeatureExtractor
-from torch_grood.outliers import OutlierSource, SampleReservoir, TrainingSamples
+from torch_grood.neighbors import StoreOptions, Subset
+from torch_grood.neighbors.store import Spool
+from torch_grood.outliers import OutlierSource, SampleReservoir, TrainingSamples, content_keys
 from torch_grood.prototypes import ClassPrototypes, as_labels
 from torch_grood.state import GRADIENT_ROWS
 
@@ -36,6 +38,8 @@ class TrainingPass:
         seed: int,
         loader: Iterable[Any],
         chosen: Sequence[int | str] | None,
+        store: StoreOptions = StoreOptions(),  # noqa: B008 (immutable)
+        subset: Subset | None = None,
     ) -> None:
         self._extractor = extractor
         self._source = source
@@ -43,7 +47,11 @@ class TrainingPass:
         self._n_all = _length_of(loader)
         self._chosen = chosen
         self.reservoir = SampleReservoir(source.n_training_samples(self._n_all), seed)
-        self.features: list[Tensor] = []
+        self._store = store
+        self._subset = subset
+        self._seed = seed
+        self.features = Spool(store)
+        self.keys: list[Tensor] = []
         self.rows: list[Tensor] = []
         self.predictions: list[Tensor] = []
         self.sample_ids: list[Tensor] = []
@@ -80,7 +88,10 @@ class TrainingPass:
             raise GroodError(f"in training samples {int(sample_ids[0])} to {int(sample_ids[-1])}: {error}") from None
         if self.reservoir.size:
             self.reservoir.offer(images, self._runner_up(found.logits))
+        if self._subset is not None:
+            self.keys.append(content_keys(images, self._seed))
         self._measure_images(images)
+        self.n_features, self._feature_bytes = features.shape[1], features.element_size()
         self.features.append(features)
         self.rows.append(rows)
         self.predictions.append(found.logits.argmax(1).cpu())
@@ -150,19 +161,27 @@ class TrainingPass:
     def memory_statement(self) -> str:
         """What `fit` will keep, from its first batch."""
         n = self._n_all
-        d, width = self.features[0].shape[1], self.features[0].element_size()
+        d, width = self.n_features, self._feature_bytes
         early = self.early_prototypes
         early_bytes = 0 if early is None else len(early.classes) * early.sample_size * 8
         image_bytes = self.reservoir.size * 4 * torch.Size(self.image_shape).numel()
         fixed = f"{_megabytes(early_bytes)} of early prototypes, {_megabytes(image_bytes)} of images to mix"
         if n is None:
             return f"fit keeps {width * d} bytes a sample ({d} features), {fixed}; the loader does not tell its length"
-        # Each chunk of features is let go when its gradients are stored: one copy, and what is under way.
-        total = max(4, width) * d * n + early_bytes + image_bytes + 24 * d * GRADIENT_ROWS
+        # Each part of the features is let go when its gradients are stored: one copy, and what is under way. What
+        # exceeds the budget is on disk.
+        feature_bytes, gradient_bytes = width * d * n, self._store.nbytes(n, d)
+        budget = self._store.budget()
+        on_disk = max(0, feature_bytes - budget) + (gradient_bytes if gradient_bytes > budget else 0)
+        held = max(min(feature_bytes, budget), gradient_bytes if gradient_bytes <= budget else 0)
+        total = held + early_bytes + image_bytes + 24 * d * GRADIENT_ROWS
         statement = (
-            f"fit keeps {n:,} x {d} features ({_megabytes(width * d * n)}), {fixed}: about {_megabytes(total)} in all, "
-            "beside the model"
+            f"fit keeps {n:,} x {d} features ({_megabytes(feature_bytes)}), then their gradients in "
+            f"{self._store.dtype} ({_megabytes(gradient_bytes)}), {fixed}: about {_megabytes(total)} in all, beside "
+            "the model"
         )
+        if on_disk:
+            statement += f", and {_megabytes(on_disk)} on disk"
         installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
         if installed is not None and total > installed:
             _log.warning("%s, but this machine has %s", statement, _megabytes(installed))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch_grood import ExactIndex, GroodError
 from torch_grood.gradients import GradientField, PolarGradients
 from torch_grood.neighbors import GradientSearcher, Neighbors, log_distance, make_index
-from torch_grood.neighbors import exact as exact_module
+from torch_grood.neighbors import brute as brute_module
 
 MakeGradients = Callable[..., PolarGradients]
 BruteForce = Callable[[PolarGradients, PolarGradients], NDArray[np.float64]]
@@ -124,9 +124,9 @@ def test_random_gradients(make_gradients: MakeGradients, brute_force: BruteForce
 
 
 def test_more_rows_than_a_tile_and_more_queries_than_a_group(make_gradients: MakeGradients) -> None:
-    stored, queries = make_gradients(2 * exact_module._TILE_ROWS + 37, 8, seed=1), make_gradients(300, 8, seed=2)
+    stored, queries = make_gradients(2 * brute_module._TILE_ROWS + 37, 8, seed=1), make_gradients(300, 8, seed=2)
     found = ExactIndex().build(stored).search(queries, 5)
-    assert found.row.max() >= 2 * exact_module._TILE_ROWS
+    assert found.row.max() >= 2 * brute_module._TILE_ROWS
     assert_nearest_to_the_bit(found, queries, stored, 5)
 
 
@@ -484,7 +484,7 @@ def test_float64_directions_are_rounded_as_stored_ones_are(make_gradients: MakeG
     stored = make_gradients(50, 4)
     doubled = stored._replace(direction=stored.direction.double() * (1 + 1e-12))
     searcher: GradientSearcher = ExactIndex(device="cpu").build(doubled)
-    assert searcher.gradients.direction.dtype == torch.float32
+    assert searcher.gradients.codes.dtype == torch.float32
     assert bool((searcher.search(doubled).log_distance == -torch.inf).all())
 
 

@@ -15,14 +15,20 @@ from torch_grood.neighbors.base import (
 )
 from torch_grood.neighbors.exact import ExactIndex
 from torch_grood.neighbors.faiss import FaissIndex
+from torch_grood.neighbors.store import GradientStore, StoreOptions
+from torch_grood.neighbors.subset import Coverage, Subset
 
 __all__ = [
+    "Coverage",
     "ExactIndex",
     "FaissIndex",
     "GradientIndex",
     "GradientSearcher",
+    "GradientStore",
     "IndexQuality",
     "Neighbors",
+    "StoreOptions",
+    "Subset",
     "log_distance",
     "make_index",
 ]

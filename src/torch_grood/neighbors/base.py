@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torch_grood.errors import GroodError
 from torch_grood.gradients import PolarGradients
+from torch_grood.neighbors.store import GradientStore, StoreOptions
 
 __all__ = [
     "GradientIndex",
@@ -65,11 +66,11 @@ class GradientSearcher(ABC):
     """An index over stored gradients.
 
     Attributes:
-        gradients: the stored gradients: log_magnitude float64 (N,), direction float32 (N, d).
+        gradients: the stored gradients.
         quality: measured at `build`, None for exact search.
     """
 
-    gradients: PolarGradients
+    gradients: GradientStore
     quality: IndexQuality | None = None
 
     @abstractmethod
@@ -84,10 +85,18 @@ class GradientSearcher(ABC):
             GroodError: for k out of range.
         """
 
+    @abstractmethod
+    def with_added(self, gradients: PolarGradients, store: StoreOptions, *, seed: int = 0) -> GradientSearcher:
+        """A searcher that has more gradients at the end; this one is unchanged."""
+
+    @abstractmethod
+    def with_only(self, rows: Tensor, store: StoreOptions, *, seed: int = 0) -> GradientSearcher:
+        """A searcher over the given rows, ascending int64 (n,); this one is unchanged."""
+
     def _check_k(self, k: int) -> None:
-        if not 1 <= k <= len(self.gradients.log_magnitude):
+        if not 1 <= k <= len(self.gradients):
             raise GroodError(
-                f"asked for k={k} neighbours among {len(self.gradients.log_magnitude)} stored gradients; "
+                f"asked for k={k} neighbours among {len(self.gradients)} stored gradients; "
                 "k must be at least 1 and at most the number stored"
             )
 
@@ -101,8 +110,8 @@ class GradientIndex(ABC):
         """The string that `make_index` takes."""
 
     @abstractmethod
-    def build(self, gradients: PolarGradients, *, seed: int = 0) -> GradientSearcher:
-        """Index `gradients`: log_magnitude float64 (N,), direction float32 (N, d), N ≥ 1."""
+    def build(self, gradients: PolarGradients | GradientStore, *, seed: int = 0) -> GradientSearcher:
+        """Index N ≥ 1 gradients: log_magnitude float64 (N,), direction float32 (N, d), or a store of them."""
 
 
 def make_index(index: str | GradientIndex) -> GradientIndex:
@@ -135,7 +144,7 @@ def log_distance(queries: PolarGradients, stored: PolarGradients) -> Tensor:
 
 
 def nearest_pairs(
-    queries: PolarGradients, stored: PolarGradients, query: Tensor, row: Tensor, k: int, byte_budget: int
+    queries: PolarGradients, stored: GradientStore, query: Tensor, row: Tensor, k: int, byte_budget: int
 ) -> Neighbors:
     """The k nearest of candidate pairs (query, row), at least k of each query, by their true distance.
 
@@ -147,7 +156,7 @@ def nearest_pairs(
         k: neighbours wanted.
         byte_budget: bytes that the differences may take at a time.
     """
-    block = max(1, byte_budget // (3 * 8 * stored.direction.shape[1]))
+    block = max(1, byte_budget // (3 * 8 * stored.dim))
     distance = torch.cat(
         [
             log_distance(queries.take(query[start : start + block]), stored.take(row[start : start + block]))

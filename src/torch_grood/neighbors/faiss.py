@@ -22,6 +22,7 @@ from torch_grood.errors import GroodError
 from torch_grood.gradients import PolarGradients
 from torch_grood.neighbors.base import GradientIndex, GradientSearcher, IndexQuality, Neighbors, nearest_pairs
 from torch_grood.neighbors.exact import ExactIndex
+from torch_grood.neighbors.store import GradientStore, StoreOptions
 
 __all__ = ["FaissIndex"]
 
@@ -69,19 +70,19 @@ class FaissIndex(GradientIndex):
         del arguments["factory"]
         return arguments
 
-    def build(self, gradients: PolarGradients, *, seed: int = 0) -> GradientSearcher:
+    def build(self, gradients: PolarGradients | GradientStore, *, seed: int = 0) -> GradientSearcher:
         """See `GradientIndex.build`.
 
         Raises:
             GroodError: if faiss does not know the factory string or a parameter, or needs more gradients to train on.
         """
         faiss = require("faiss", extra="all")
-        stored = PolarGradients(gradients.log_magnitude.cpu(), gradients.direction.cpu().float())
-        n, d = stored.direction.shape
+        stored = GradientStore.of(gradients).to("cpu")
+        n, d = len(stored), stored.dim
         if n == 0:
             raise GroodError("there is no gradient to search; no training sample was classified correctly")
         unit = float(stored.log_magnitude.max())
-        vectors = stored.vectors(unit)
+        vectors = stored.take(slice(None)).vectors(unit)
         centre = vectors.mean(0)
         vectors -= centre
         try:
@@ -92,7 +93,7 @@ class FaissIndex(GradientIndex):
             space = faiss.ParameterSpace()
             for name, value in self.parameters.items():
                 space.set_index_parameter(index, name, value)
-            searcher = _FaissSearcher(index, stored, unit, centre, self.candidates)
+            searcher = _FaissSearcher(self, index, stored, unit, centre)
             searcher.quality = _measure(searcher, self.quality_queries, seed)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
@@ -104,13 +105,20 @@ class FaissIndex(GradientIndex):
 
 
 class _FaissSearcher(GradientSearcher):
-    def __init__(self, index: Any, gradients: PolarGradients, unit: float, centre: Tensor, candidates: int) -> None:
+    def __init__(self, config: FaissIndex, index: Any, gradients: GradientStore, unit: float, centre: Tensor) -> None:
+        self._config = config
         self.gradients = gradients
         self.exact = ExactIndex().build(gradients)
         self._index = index
         self._unit = unit
         self._centre = centre
-        self._candidates = candidates
+        self._candidates = config.candidates
+
+    def with_added(self, gradients: PolarGradients, store: StoreOptions, *, seed: int = 0) -> GradientSearcher:
+        return self._config.build(self.gradients.extended(gradients, store), seed=seed)
+
+    def with_only(self, rows: Tensor, store: StoreOptions, *, seed: int = 0) -> GradientSearcher:
+        return self._config.build(self.gradients.select(rows, store), seed=seed)
 
     @torch.no_grad()
     def search(self, queries: PolarGradients, k: int = 1) -> Neighbors:
@@ -118,7 +126,7 @@ class _FaissSearcher(GradientSearcher):
         queries = PolarGradients(queries.log_magnitude.cpu(), queries.direction.cpu().float())
         clamped = queries._replace(log_magnitude=queries.log_magnitude.clamp(max=self._unit + _LARGEST_QUERY))
         vectors = clamped.vectors(self._unit) - self._centre
-        wanted = min(k * self._candidates, len(self.gradients.log_magnitude))
+        wanted = min(k * self._candidates, len(self.gradients))
         found: npt.NDArray[np.int64] = self._index.search(vectors.numpy(), wanted)[1]
         rows = torch.from_numpy(found)
         enough = (rows >= 0).sum(1) >= k
@@ -137,7 +145,7 @@ class _FaissSearcher(GradientSearcher):
 
 def _measure(searcher: _FaissSearcher, n_queries: int, seed: int) -> IndexQuality | None:
     """Search stored gradients for their nearest other row, by faiss and exactly."""
-    n = len(searcher.gradients.log_magnitude)
+    n = len(searcher.gradients)
     n_queries = min(n_queries, n)
     if n < 2 or n_queries < 1:
         return None

@@ -1,0 +1,316 @@
+"""The stored gradients: in float32, float16 or int8, in memory or memory-mapped from a file.
+
+A gradient is exp(log_magnitude) · direction, and only its direction is rounded. It is kept as codes c (float16 numbers,
+or integers from -127 to 127) that stand for the direction c / ‖c‖₂: of unit length whatever was rounded, so that every
+bound of exact search holds for the stored gradient ĝ as for g. Distances to ĝ and g differ by at most ‖g - ĝ‖₂; the
+largest of these is kept as `log_rounding`, and bounds the error of every score.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_grood.errors import GroodError
+from torch_grood.gradients import PolarGradients
+
+__all__ = ["GradientStore", "Spool", "StoreOptions", "StoreWriter", "as_store_options", "scratch_tensor"]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+_CHUNK_BYTES = 64 * 2**20
+_INT8_MAX = 127
+_SELECT_ROWS = 16_384
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """How the gradients are kept.
+
+    Args:
+        dtype: "float32"; "float16", half the memory; or "int8", a quarter. `FitInfo.rounding_radius` tells what the
+            rounding can change in a score.
+        memory: bytes of features or gradients to hold in memory at most; beyond, they are in a memory-mapped file.
+            None: half of the machine's memory.
+        folder: of that file, which is gone with the process; None: the user's cache folder.
+    """
+
+    dtype: str = "float32"
+    memory: int | None = None
+    folder: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise GroodError(f"gradients are stored as {', '.join(_DTYPES)}, not as {self.dtype!r}")
+        if self.memory is not None and (type(self.memory) is not int or self.memory < 0):
+            raise GroodError(f"memory must be a number of bytes, got {self.memory!r}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the codes."""
+        return _DTYPES[self.dtype]
+
+    def budget(self) -> int:
+        """Bytes to hold in memory at most."""
+        if self.memory is not None:
+            return self.memory
+        if not hasattr(os, "sysconf"):
+            return 2**63 - 1
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+    def nbytes(self, n: int, d: int) -> int:
+        """Bytes that n gradients of dimension d take."""
+        return n * (8 + d * self.torch_dtype.itemsize + 4 * (self.dtype != "float32"))
+
+
+def as_store_options(store: str | StoreOptions) -> StoreOptions:
+    """Options for "float32", "float16", "int8", or as given."""
+    if isinstance(store, StoreOptions):
+        return store
+    if not isinstance(store, str):
+        raise GroodError(f"store must be {', '.join(map(repr, _DTYPES))} or StoreOptions(…), got {store!r}")
+    return StoreOptions(store)
+
+
+class GradientStore:
+    """N gradients; see the module's docstring.
+
+    Args:
+        log_magnitude: log π, float64 (N,).
+        codes: float32, float16 or int8 (N, d); float32 codes are the directions themselves.
+        scale: 1 / ‖codes‖₂ of each row, float32 (N,), 0 for a zero row; None for float32.
+        log_rounding: log of the largest ‖g - ĝ‖₂, -inf if nothing was rounded.
+    """
+
+    def __init__(
+        self, log_magnitude: Tensor, codes: Tensor, scale: Tensor | None = None, log_rounding: float = -float("inf")
+    ) -> None:
+        self.log_magnitude = log_magnitude
+        self.codes = codes
+        self.scale = scale
+        self.log_rounding = log_rounding
+        self._log_norm: Tensor | None = None
+
+    @classmethod
+    def of(cls, gradients: PolarGradients | GradientStore) -> GradientStore:
+        """Gradients as float32 in memory, without a copy where they are."""
+        if isinstance(gradients, GradientStore):
+            return gradients
+        return cls(gradients.log_magnitude, gradients.direction.float())
+
+    def __len__(self) -> int:
+        return len(self.log_magnitude)
+
+    @property
+    def dim(self) -> int:
+        """Dimension d of a gradient."""
+        return self.codes.shape[1]
+
+    @property
+    def dtype(self) -> str:
+        """Of the codes, as `StoreOptions` names it."""
+        return str(self.codes.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the gradients take, in memory or on disk."""
+        return sum(tensor.nbytes for tensor in (self.log_magnitude, self.codes, self.scale) if tensor is not None)
+
+    def directions(self, rows: Tensor | slice) -> Tensor:
+        """Unit vectors, float32 (n, d); the zero vector where h = p_ood."""
+        codes = self.codes[rows]
+        return codes if self.scale is None else codes.float().mul_(self.scale[rows][:, None])
+
+    def take(self, rows: Tensor | slice) -> PolarGradients:
+        """The gradients of the given rows, directions in float32."""
+        return PolarGradients(self.log_magnitude[rows], self.directions(rows))
+
+    def log_norm(self) -> Tensor:
+        """Log ‖ĝ‖₂, float64 (N,): log π, but -inf for a zero vector."""
+        if self._log_norm is None:
+            zero = torch.cat([~self.codes[rows].any(1) for rows in self.chunks()])
+            self._log_norm = self.log_magnitude.masked_fill(zero, -torch.inf)
+        return self._log_norm
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices that cover all rows, each of moderate size in float32."""
+        rows = max(1, _CHUNK_BYTES // (4 * max(1, self.dim)))
+        return (slice(start, start + rows) for start in range(0, len(self), rows))
+
+    def select(self, rows: Tensor, options: StoreOptions) -> GradientStore:
+        """A copy of the given rows, int64 (n,)."""
+        codes = scratch_tensor((len(rows), self.dim), self.codes.dtype, options)
+        for start in range(0, len(rows), _SELECT_ROWS):
+            part = slice(start, start + _SELECT_ROWS)
+            codes[part] = self.codes[rows[part]]
+        scale = None if self.scale is None else self.scale[rows]
+        return GradientStore(self.log_magnitude[rows], codes, scale, self.log_rounding)
+
+    def extended(self, gradients: PolarGradients, options: StoreOptions) -> GradientStore:
+        """A copy with more gradients at its end, rounded as its own are."""
+        added = StoreWriter(len(gradients.log_magnitude), self.dim, StoreOptions(self.dtype))
+        added.append(gradients)
+        new = added.finish()
+        codes = scratch_tensor((len(self) + len(new), self.dim), self.codes.dtype, options)
+        codes[: len(self)], codes[len(self) :] = self.codes, new.codes
+        scale = None if self.scale is None or new.scale is None else torch.cat([self.scale, new.scale])
+        log_magnitude = torch.cat([self.log_magnitude, new.log_magnitude])
+        return GradientStore(log_magnitude, codes, scale, max(self.log_rounding, new.log_rounding))
+
+    def to(self, device: str | torch.device) -> GradientStore:
+        """The same gradients on a device."""
+        if torch.device(device) == self.device:
+            return self
+        scale = None if self.scale is None else self.scale.to(device)
+        return GradientStore(self.log_magnitude.to(device), self.codes.to(device), scale, self.log_rounding)
+
+
+class StoreWriter:
+    """Fills a store of known size batch by batch.
+
+    Args:
+        n: gradients to come.
+        d: their dimension.
+        options: dtype, and when to use a file.
+
+    Raises:
+        GroodError: if a file is needed and its folder has too little room.
+    """
+
+    def __init__(self, n: int, d: int, options: StoreOptions) -> None:
+        codes = scratch_tensor((n, d), options.torch_dtype, options)
+        scale = None if options.dtype == "float32" else torch.empty(n)
+        self._store = GradientStore(torch.empty(n, dtype=torch.float64), codes, scale)
+        self._written = 0
+
+    def append(self, gradients: PolarGradients) -> None:
+        """Write the next gradients, directions of any float dtype."""
+        store, rows = self._store, slice(self._written, self._written + len(gradients.log_magnitude))
+        store.log_magnitude[rows] = gradients.log_magnitude
+        self._written += len(gradients.log_magnitude)
+        if store.scale is None:
+            store.codes[rows] = gradients.direction
+            return
+        direction = gradients.direction.double()
+        codes = direction
+        if store.codes.dtype == torch.int8:
+            largest = direction.abs().amax(1, keepdim=True)
+            codes = (direction * torch.where(largest > 0, _INT8_MAX / largest, 0.0)).round_()
+        store.codes[rows] = codes.to(store.codes.dtype)
+        length = torch.linalg.vector_norm(store.codes[rows].double(), dim=1)
+        store.scale[rows] = torch.where(length > 0, 1 / length, 0.0).float()
+        if len(direction):
+            error = torch.linalg.vector_norm(store.directions(rows).double() - direction, dim=1)
+            store.log_rounding = max(store.log_rounding, float((gradients.log_magnitude + error.log()).max()))
+
+    def finish(self) -> GradientStore:
+        """The store, once all gradients are written."""
+        assert self._written == len(self._store)
+        return self._store
+
+
+class Spool:
+    """Features under way, first in first out: in memory, and beyond the budget in a file that is gone with it."""
+
+    def __init__(self, options: StoreOptions) -> None:
+        self._options = options
+        self._parts: list[Tensor | _Spilled] = []
+        self._in_memory = 0
+        self._file: BinaryIO | None = None
+
+    def append(self, part: Tensor) -> None:
+        """Add a part (n, d) on the CPU.
+
+        Raises:
+            GroodError: if the file cannot be written.
+        """
+        if self._in_memory + part.nbytes <= self._options.budget():
+            self._in_memory += part.nbytes
+            self._parts.append(part)
+            return
+        with _room(self._options, part.nbytes) as folder:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="spool-", dir=folder)  # noqa: SIM115 (as long as the spool)
+            offset = self._file.seek(0, os.SEEK_END)
+            self._file.write(part.contiguous().view(torch.uint8).numpy().data)
+        self._parts.append(_Spilled(offset, part.shape, part.dtype))
+
+    def drain(self) -> Iterator[Tensor]:
+        """The parts in their order, each let go of as it is given."""
+        self._parts.reverse()
+        while self._parts:
+            part = self._parts.pop()
+            yield part if isinstance(part, Tensor) else self._read(part)
+        self._in_memory, self._file = 0, None
+
+    def _read(self, part: _Spilled) -> Tensor:
+        assert self._file is not None
+        values = torch.empty(part.shape, dtype=part.dtype)
+        self._file.seek(part.offset)
+        self._file.readinto(values.view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
+        return values
+
+
+class _Spilled(NamedTuple):
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def scratch_tensor(shape: tuple[int, ...], dtype: torch.dtype, options: StoreOptions) -> Tensor:
+    """An uninitialised tensor in memory, or beyond the budget in a file that is gone with the tensor.
+
+    Raises:
+        GroodError: if the file's folder has too little room or cannot be written to.
+    """
+    size = torch.Size(shape).numel()
+    if size * dtype.itemsize <= options.budget():
+        return torch.empty(shape, dtype=dtype)
+    with _room(options, size * dtype.itemsize) as folder:
+        handle, name = tempfile.mkstemp(prefix="store-", suffix=".tmp", dir=folder)
+        os.close(handle)
+        tensor = torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
+    # A file without a name stays as long as it is mapped, and is gone even if the process is killed. Windows does not
+    # allow this.
+    _unlink(name)
+    weakref.finalize(tensor, _unlink, name)
+    return tensor
+
+
+@contextmanager
+def _room(options: StoreOptions, nbytes: int) -> Iterator[Path]:
+    """The folder for files, if it has room."""
+    base: Any = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base, "torch-grood", "stores") if options.folder is None else Path(options.folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < nbytes:
+            raise GroodError(
+                f"{nbytes / 2**30:.1f} GiB more are needed in {folder}, which has {free / 2**30:.1f} GiB left; choose "
+                "another folder, a smaller dtype, or store fewer gradients"
+            )
+        yield folder
+    except (OSError, RuntimeError) as error:
+        raise GroodError(
+            f"{folder} cannot hold what does not fit into memory: {error}; choose another folder"
+        ) from None
+
+
+def _unlink(name: str) -> None:
+    with suppress(OSError):
+        Path(name).unlink()
