@@ -113,12 +113,17 @@ def saved(detector: GROOD, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def edited(saved: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Copy the file, its parts altered by functions."""
+    """Copy the file, or another, its parts altered by functions."""
 
-    def edit(header: Edit | None = None, tensors: EditTensors | None = None, text: str | None = None) -> Path:
-        with safe_open(saved, framework="pt") as file:
+    def edit(
+        header: Edit | None = None,
+        tensors: EditTensors | None = None,
+        text: str | None = None,
+        source: Path = saved,
+    ) -> Path:
+        with safe_open(source, framework="pt") as file:
             content = json.loads(file.metadata()[KEY])
-        numbers = load_file(saved)
+        numbers = load_file(source)
         if header is not None:
             header(content)
         if tensors is not None:
@@ -216,12 +221,17 @@ def test_with_a_model_and_every_outlier_source(outliers: OutlierSource, tmp_path
 
 def test_the_seed_of_an_approximate_index_is_kept(features: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     train, labels = features
-    index = FaissIndex("IVF8,Flat", candidates=1, train_size=20, quality_queries=200)
+    # Its random centroids come from the seed alone, and no other state of it is stored.
+    index = FaissIndex("IVF8,PQ4x4fs", candidates=1, train_size=40, quality_queries=200)
     detectors = [GROOD(None, index=index, seed=seed).fit_features(train[:200], labels[:200]) for seed in (4, 0)]
-    qualities = [detector.index_quality_ for detector in detectors]
-    assert qualities[0] != qualities[1]
+    assert detectors[0].index_quality_ != detectors[1].index_quality_
+    queries = train[200:]
+    assert not torch.equal(*(detector.score_features(queries) for detector in detectors))
     detectors[0].save(tmp_path / "x")
-    assert GROOD.load(tmp_path / "x").index_quality_ == qualities[0]
+    assert not any(name.startswith("index.") for name in load_file(tmp_path / "x"))
+    loaded = GROOD.load(tmp_path / "x")
+    assert loaded.index_quality_ == detectors[0].index_quality_
+    assert torch.equal(loaded.score_features(queries), detectors[0].score_features(queries))
 
 
 def test_ood_features_stay_declared(features: tuple[Tensor, Tensor], tmp_path: Path) -> None:
@@ -346,8 +356,7 @@ def test_flipped_bits_are_an_error_or_harmless(
     generator = random.Random(1)
     n_errors = 0
     for i in range(flips):
-        # Altered gradients may end the process in faiss: see the test after this.
-        position = generator.randrange(header_end if i % 2 or index != "exact" else len(content))
+        position = generator.randrange(header_end if i % 2 else len(content))
         broken = bytearray(content)
         broken[position] ^= 1 << generator.randrange(8)
         path.write_bytes(broken)
@@ -423,7 +432,7 @@ BAD_HEADERS: list[tuple[Edit, str]] = [
     (set_("fpr", 1e-5), "cannot be promised"),
     (set_("index", []), "altered"),
     (set_("index", "spec", 5), "altered"),
-    (set_("index", "spec", "Nope"), "could not parse"),
+    (set_("index", "spec", "Nope"), "cannot be kept in a file"),
     (set_("index", "spec", "IVF999,Flat"), "faiss cannot build"),
     (set_("index", {"spec": "Flat", "unknown": 1}), "unknown"),
     (set_("index", {"spec": "Flat", "candidates": "8"}), "altered"),
@@ -560,6 +569,136 @@ def test_what_a_newer_version_may_add_is_ignored(detector: GROOD, edited: Callab
         content["new"] = content["fit"]["new"] = 1
 
     assert_equal(detector, GROOD.load(edited(header, lambda tensors: tensors.update(new=torch.ones(2)))))
+
+
+# --- An index of faiss --------------------------------------------------------------------------------------------
+
+INDEXES = ["Flat", "SQ8", "PQ4x4", "IVF8,Flat", "IVF8_HNSW4,SQ8", "HNSW8", "PCA4,IVF8,PQ2x4", "RR6,HNSW4,SQ8"]
+
+
+@pytest.fixture(scope="module")
+def with_lists(features: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with an index of inverted lists."""
+    train, labels = features
+    path = tmp_path_factory.mktemp("lists") / "detector.grood"
+    GROOD(None, index=FaissIndex("IVF8,Flat", {"nprobe": 2}, 2)).fit_features(train[:200], labels[:200]).save(path)
+    return path
+
+
+def nothing_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("trained or measured again")
+
+    monkeypatch.setattr("torch_grood.neighbors.faiss._sample", refuse)
+    monkeypatch.setattr("torch_grood.neighbors.faiss._FaissSearcher.measure", refuse)
+
+
+@pytest.mark.parametrize("store", ["float32", "int8"])
+@pytest.mark.parametrize("spec", INDEXES)
+def test_an_index_is_kept(
+    spec: str, store: str, features: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, labels = features
+    first = GROOD(None, index=FaissIndex(spec, candidates=2, train_size=150), store=store)
+    first.fit_features(train[:200], labels[:200])
+    # What was added and removed since is in the file as well.
+    first.add_features(train[200:220], labels[200:220])
+    first.remove(range(50))
+    first.calibrate_features(train[220:])
+    first.save(tmp_path / "x")
+    nothing_is_learned(monkeypatch)
+    second = GROOD.load(tmp_path / "x")
+    assert_equal(first, second)
+    assert second.index_quality_ is not None
+    queries = train * 1.01
+    assert torch.equal(first.log_score_features(queries), second.log_score_features(queries))
+    assert_same_predictions(first, second, queries)
+    second.save(tmp_path / "y")
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+
+
+def test_a_file_without_the_state_of_its_index(
+    with_lists: Path, edited: Callable[..., Path], features: tuple[Tensor, Tensor]
+) -> None:
+    """So it was in format 1: the index is built from the seed, and measured."""
+
+    def alter(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("index.")]:
+            del tensors[name]
+
+    kept, rebuilt = GROOD.load(with_lists), GROOD.load(edited(drop("quality"), alter, source=with_lists))
+    assert rebuilt.index_quality_ == kept.index_quality_
+    assert torch.equal(rebuilt.score_features(features[0]), kept.score_features(features[0]))
+
+
+@pytest.mark.parametrize("name", ["unit", "centre", "lists", "quantizer.vectors"])
+@pytest.mark.parametrize("change", ["missing", "dtype", "shape"])
+def test_an_altered_state(name: str, change: str, with_lists: Path, edited: Callable[..., Path]) -> None:
+    def alter(tensors: dict[str, Tensor]) -> None:
+        tensor = tensors.pop(f"index.{name}")
+        if change != "missing":
+            tensors[f"index.{name}"] = tensor.to(torch.float16) if change == "dtype" else tensor[None].clone()
+
+    path = edited(None, alter, source=with_lists)
+    with pytest.raises(FormatError, match=r"the index lacks its|of the index is torch") as caught:
+        GROOD.load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (set_("index", "spec", "IVF9,Flat"), "quantizer.vectors of the index is"),
+        (set_("index", "spec", "IVF8,SQ8"), "lacks its sq.range"),
+        (set_("index", {"spec": "Flat"}), "the index has no lists, quantizer.vectors"),
+        (set_("index", {"spec": "LSH"}), "no stored state"),
+        (set_("index", {"spec": "exact"}), "exact search has neither tensors nor a quality"),
+        (set_("index", "spec", "IVF8,Flat,RFlat"), "no stored state"),
+        (set_("index", "spec", "IMI2x16,Flat"), "cannot be kept in a file"),
+        (set_("index", "spec", "IVF8,PQ8x30"), "too large for 200 gradients of dimension 8"),
+        (set_("index", "spec", "RR60000,Flat"), "too large"),
+        (set_("index", "parameters", {"nprobe": 10**9}), "nprobe"),
+        (set_("index", "parameters", {"nprobe": 0}), "nprobe"),
+        (set_("index", "parameters", {"nprobe": float("nan")}), "below 2"),
+        (set_("index", "parameters", {"efSearch": 4}), "could not set parameter efSearch"),
+        (set_("index", "parameters", {"quantizer_nprobe": 1}), "could not set parameter"),
+        (set_("index", "gpu", True), "not for a file to say"),
+        (set_("index", "gpu", False), "not for a file to say"),
+        (set_("quality", 1), "altered"),
+        (set_("quality", {}), "recall_at_1"),
+        *[
+            (set_("quality", key, value), "the quality of the index is")
+            for key, values in {
+                "recall_at_1": (-0.1, 1.1, float("nan"), "1", None, True),
+                "score_inflation": (0.9, float("inf"), float("nan"), [1]),
+                "n_queries": (0, -3, 1.5, "5"),
+            }.items()
+            for value in values
+        ],
+    ],
+)
+def test_an_altered_index(edit: Edit, message: str, with_lists: Path, edited: Callable[..., Path]) -> None:
+    with pytest.raises(FormatError, match=message):
+        GROOD.load(edited(edit, source=with_lists))
+
+
+def test_a_state_for_exact_search(edited: Callable[..., Path]) -> None:
+    with pytest.raises(FormatError, match="exact search has neither tensors nor a quality"):
+        GROOD.load(edited(None, lambda tensors: tensors.update({"index.unit": torch.ones(1)})))
+    with pytest.raises(FormatError, match="exact search has neither tensors nor a quality"):
+        GROOD.load(edited(set_("quality", {"recall_at_1": 1.0, "score_inflation": 1.0, "n_queries": 3})))
+
+
+def test_a_kind_of_index_that_cannot_be_read_is_not_written(features: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    detector = GROOD(None, index="L2norm,Flat").fit_features(*features)
+    with pytest.raises(GroodError, match=r"an index 'L2norm,Flat' cannot be kept in a file; the kinds that can are"):
+        detector.save(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_candidates_than_gradients_are_no_harm(with_lists: Path, edited: Callable[..., Path]) -> None:
+    loaded = GROOD.load(edited(set_("index", "candidates", 10**18), source=with_lists))
+    assert not loaded.score_features(torch.ones(3, 8)).isnan().any()
 
 
 # --- Files that are no detector -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch_grood.detector import GROOD, Prediction
     from torch_grood.features import Extraction, FeatureExtractor
     from torch_grood.gradients import log_ood_probability, ood_gradient
-    from torch_grood.neighbors import ExactIndex, FaissIndex
+    from torch_grood.neighbors import ClassSample, ExactIndex, FaissIndex, KCenterCoreset
     from torch_grood.outliers import Mixup, OutlierSamples, PrototypeMean, UniformNoise
     from torch_grood.prototypes import ClassPrototypes
     from torch_grood.state import FitInfo
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GROOD",
     "ClassPrototypes",
+    "ClassSample",
     "ConformalThreshold",
     "ExactIndex",
     "Extraction",
@@ -35,6 +36,7 @@ __all__ = [
     "FitInfo",
     "FormatError",
     "GroodError",
+    "KCenterCoreset",
     "MissingDependencyError",
     "Mixup",
     "ModelMismatchError",
@@ -55,8 +57,10 @@ _MODULE_OF = {
     "FeatureExtractor": "features",
     "log_ood_probability": "gradients",
     "ood_gradient": "gradients",
+    "ClassSample": "neighbors",
     "ExactIndex": "neighbors",
     "FaissIndex": "neighbors",
+    "KCenterCoreset": "neighbors",
     "Mixup": "outliers",
     "OutlierSamples": "outliers",
     "PrototypeMean": "outliers",

@@ -11,7 +11,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Set, Sized
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -209,6 +209,7 @@ class GROOD:
             store=self.store,
             subset=self.subset,
             keys=torch.cat(passed.keys) if passed.keys else None,
+            progress=progress,
         )
         info = replace(
             state.info,
@@ -257,12 +258,7 @@ class GROOD:
         rows = prototypes.rows(labels, len(features))
         predicted = None
         if predictions is not None:
-            predicted = as_labels(predictions, len(features))
-            if len(predicted) and not 0 <= int(predicted.min()) <= int(predicted.max()) < len(prototypes.classes):
-                raise GroodError(
-                    f"predictions must be positions among the {len(prototypes.classes)} classes, got "
-                    f"{int(predicted.min())} to {int(predicted.max())}"
-                )
+            predicted = _predictions(predictions, features, prototypes.classes)
         if ood_features is None:
             source: OutlierSource = self.outliers
             outlier_features = source.features(OutlierContext(prototypes.means, seed=self.seed))
@@ -298,8 +294,8 @@ class GROOD:
     def add(self, loader: Iterable[Any], *, progress: Progress = None) -> Self:
         """Store the gradients of more training samples, without a refit: prototypes and classes stay as they are.
 
-        The threshold stays, too: with more stored gradients no score is larger, so that the promised false-alarm rate
-        still holds; calibrate again to catch as many outliers as it allows.
+        The threshold stays, too: with more stored gradients no score is larger (as far as the index is exact), so that
+        the promised false-alarm rate still holds; calibrate again to catch as many outliers as it allows.
 
         Args:
             loader: batches (images, labels) as for `fit`; their positions go on where those before ended.
@@ -312,13 +308,18 @@ class GROOD:
         if isinstance(loader, Tensor):
             raise GroodError("add needs labels; pass a loader of (images, labels) batches, not a tensor of images")
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        names, position = _named_classes(loader, state.classes)
         with extractor.evaluation():
             for batch in track(as_loader(loader), progress, "add"):
                 images, labels = split_batch(batch)
                 if len(images):
                     if state.info.image_shape and tuple(images.shape[1:]) != state.info.image_shape:
                         raise _wrong_shape("added", images, state.info.image_shape)
-                    ids = ClassPrototypes(state.classes).rows(labels, len(images))
+                    try:
+                        ids = position[ClassPrototypes(names).rows(labels, len(images))]
+                    except GroodError as error:
+                        n_done = sum(len(part[1]) for part in parts)
+                        raise GroodError(f"in the batch after sample {n_done}: {error}") from None
                     found = extractor(images)
                     parts.append((found.features.cpu(), ids, found.logits.argmax(1).cpu()))
         if not parts:
@@ -329,14 +330,20 @@ class GROOD:
         """As `add`, from penultimate features (n, d); labels and predictions as for `fit_features`."""
         state, features = self._need_state(), _as_features(features)
         ids = ClassPrototypes(state.classes).rows(labels, len(features))
-        return self._add(features, ids, ids if predictions is None else as_labels(predictions, len(features)))
+        return self._add(
+            features, ids, ids if predictions is None else _predictions(predictions, features, state.classes)
+        )
 
     def _add(self, features: Tensor, ids: Tensor, predictions: Tensor) -> Self:
         state = self._need_state()
         taking_part = torch.isin(ids, state.class_ids)
-        kept = (taking_part & (predictions == ids)).nonzero().flatten()
-        parts = [state.gradient_field(part).gradients for part in torch.split(features[kept], GRADIENT_ROWS)]
+        correct = taking_part & (predictions == ids)
+        parts = []
+        for start in range(0, max(len(features), 1), GRADIENT_ROWS):
+            rows = slice(start, start + GRADIENT_ROWS)
+            parts.append(state.gradient_field(features[rows].cpu(), first=start).gradients.take(correct[rows]))
         gradients = PolarGradients(*(torch.cat(field) for field in zip(*parts, strict=True)))
+        kept = correct.nonzero().flatten()
         new = with_added(
             state,
             self.seed,
@@ -349,7 +356,7 @@ class GROOD:
         self._adopt(new, self.threshold_)
         return self
 
-    def remove(self, sample_ids: Tensor | Sequence[int]) -> int:
+    def remove(self, sample_ids: Tensor | Sequence[int] | Set[int] | int) -> int:
         """Delete the stored gradients of training samples, as a request for deletion asks; prototypes stay.
 
         Scores grow, so that a threshold loses its promise: the detector is not calibrated afterwards. The prototypes
@@ -365,7 +372,7 @@ class GROOD:
             GroodError: for a position that does not exist, or if nothing would be left.
         """
         state = self._need_state()
-        ids = as_labels(sample_ids, len(sample_ids))
+        ids = _sample_ids(sample_ids)
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < state.info.n_read:
             raise GroodError(
                 f"sample ids are positions from 0 to {state.info.n_read - 1} in the training set, got "
@@ -562,6 +569,11 @@ class GROOD:
         return self._need_state().info
 
     @property
+    def stored_bytes_(self) -> int:
+        """Bytes that the stored gradients take, in memory or on disk."""
+        return self._need_state().searcher.gradients.nbytes
+
+    @property
     def index_quality_(self) -> IndexQuality | None:
         """Measured recall of an approximate index; None for exact search."""
         return self._need_state().searcher.quality
@@ -628,11 +640,50 @@ class GROOD:
         return self._extractor
 
 
+def _predictions(predictions: Labels, features: Tensor, classes: Sequence[int | str]) -> Tensor:
+    """The classifier's classes of features, as positions in `classes`."""
+    found = as_labels(predictions, len(features))
+    if len(found) and not 0 <= int(found.min()) <= int(found.max()) < len(classes):
+        raise GroodError(
+            f"predictions must be positions among the {len(classes)} classes, got "
+            f"{int(found.min())} to {int(found.max())}"
+        )
+    return found
+
+
+def _sample_ids(given: Any) -> Tensor:
+    try:
+        ids = torch.as_tensor(sorted(given) if isinstance(given, (set, frozenset)) else given).flatten()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        ids = torch.empty(0, dtype=torch.bool)
+    if ids.dtype == torch.bool or (ids.is_floating_point() and len(ids)) or ids.is_complex():
+        raise GroodError(f"sample ids must be integers, positions in the training set; got {given!r}"[:300])
+    return ids.long()
+
+
 def _wrong_shape(what: str, images: Tensor, expected: tuple[int, ...]) -> GroodError:
     return GroodError(
         f"images of shape {tuple(images.shape[1:])} cannot be {what}: the detector was fitted on images of shape "
         f"{expected}. Apply the same transform to all."
     )
+
+
+def _named_classes(loader: Iterable[Any], classes: tuple[int | str, ...]) -> tuple[Sequence[int | str], Tensor]:
+    """The classes that the loader's data set names, else all, and their positions in `classes`.
+
+    Raises:
+        GroodError: if a name is none of the classes.
+    """
+    names = getattr(getattr(loader, "dataset", None), "classes", None)
+    if not names or (classes == tuple(range(len(classes))) and len(names) == len(classes)):
+        return classes, torch.arange(len(classes))
+    unknown = [name for name in names if name not in classes]
+    if unknown:
+        raise GroodError(
+            f"the data have a class {unknown[0]!r}, which is none of the detector's {len(classes)} classes "
+            f"({', '.join(map(str, classes[:5]))}, …)"
+        )
+    return names, torch.tensor([classes.index(name) for name in names])
 
 
 class _Filtered:

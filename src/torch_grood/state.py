@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_grood._progress import Progress
 from torch_grood.errors import GroodError
 from torch_grood.features import ModelFingerprint
 from torch_grood.gradients import GradientField, PolarGradients
@@ -126,6 +127,7 @@ def build_state(
     store: StoreOptions = StoreOptions(),  # noqa: B008 (immutable)
     subset: Subset | None = None,
     keys: Tensor | None = None,
+    progress: Progress = None,
 ) -> FittedState:
     """From features to an index over gradients.
 
@@ -158,7 +160,7 @@ def build_state(
         done = rows.stop
     gradients = writer.finish()
     sample_ids = sample_ids[kept]
-    coverage = None if subset is None else subset.cover(gradients)
+    coverage = None if subset is None else subset.cover(gradients, progress=progress)
     if coverage is not None:
         gradients, sample_ids = gradients.select(coverage.rows, store), sample_ids[coverage.rows]
     info = FitInfo(

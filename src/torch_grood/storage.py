@@ -6,15 +6,18 @@ A reader needs no more than the safetensors format: the JSON lies in its header 
     log_magnitude     float64 (N,)       direction       float32 (N, d)    sample_ids int64 (N,)
     calibration       float64 (n,)       log scores of held-out ID samples, ascending; absent before `calibrate`
 
-A gradient is exp(log_magnitude) · direction. An index of faiss is not stored but built again from the gradients and
-the seed: reading a foreign index would trust its bytes. A file is written whole under another name and then renamed.
+    index.*           what an index of faiss learned, see `neighbors.faiss_state`
+
+A gradient is exp(log_magnitude) · direction. Format 2 adds directions as float16 or int8 codes, which times the row's
+direction_scale, float32 (N,), are the direction. faiss never reads a file: its index is put together from tensors that
+were checked, and its codes are made anew from the gradients; a kind of index that has no such tensors, and one of
+format 1, is built again from the seed. A file is written whole under another name and then renamed.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import UnionType
@@ -26,7 +29,15 @@ from torch import Tensor
 from torch_grood._files import replacing
 from torch_grood.errors import FormatError, GroodError
 from torch_grood.features import ModelFingerprint
-from torch_grood.neighbors import ExactIndex, FaissIndex, GradientIndex, GradientStore, Subset
+from torch_grood.neighbors import (
+    ExactIndex,
+    FaissIndex,
+    GradientIndex,
+    GradientSearcher,
+    GradientStore,
+    IndexQuality,
+    Subset,
+)
 from torch_grood.neighbors.subset import make_subset
 from torch_grood.outliers import OutlierSource, outlier_source
 from torch_grood.state import FitInfo, FittedState
@@ -39,6 +50,8 @@ __all__ = ["FORMAT_VERSION", "StoredDetector", "load", "save"]
 
 FORMAT_VERSION = 2
 _KEY = "torch-grood"
+# Rounding of the components to float32 is less, and exact search allows for more.
+_UNIT = 4e-7
 _DIRECTIONS = (torch.float32, torch.float16, torch.int8)
 _TENSORS: dict[str, tuple[torch.dtype, int]] = {
     "class_prototypes": (torch.float64, 2),
@@ -66,20 +79,25 @@ def save(path: Path, detector: GROOD, state: FittedState) -> None:
     """Write `detector`, whose fitted state is `state`, to `path`; the old file stays until the new one is whole.
 
     Raises:
-        GroodError: if the folder cannot be written to, or the metadata are not JSON.
+        GroodError: if the folder cannot be written to, the metadata are not JSON, or the index is of a kind that no
+            file may ask for.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     import torch_grood
 
-    index, store = state.index, state.searcher.gradients
+    index, store, quality = state.index, state.searcher.gradients, state.searcher.quality
+    index_tensors = state.searcher.tensors()
+    if isinstance(index, FaissIndex):
+        index.check_storable(store, index_tensors)
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "library_version": torch_grood.__version__,
         "classes": state.classes,
         "outliers": detector.outliers.config(),
         "index": {"spec": index.spec, **(index.config() if isinstance(index, FaissIndex) else {})},
+        "quality": None if quality is None else asdict(quality),
         "seed": detector.seed,
         "fingerprint": None if state.fingerprint is None else asdict(state.fingerprint),
         "fit": asdict(state.info),
@@ -93,6 +111,7 @@ def save(path: Path, detector: GROOD, state: FittedState) -> None:
         "log_magnitude": store.log_magnitude,
         "direction": store.codes,
         "sample_ids": state.sample_ids,
+        **index_tensors,
     }
     if store.scale is not None:
         tensors["direction_scale"] = store.scale
@@ -186,11 +205,13 @@ def _store(tensors: dict[str, Tensor], rounding_radius: float) -> GradientStore:
         raise FormatError("the gradients are not ones that a fit gives; the file was altered")
     log_rounding = math.log(rounding_radius) if rounding_radius else -math.inf
     store = GradientStore(tensors["log_magnitude"], direction, scale, log_rounding)
+    if scale is not None and not bool((scale >= 0).all()):
+        raise FormatError("the tensor 'direction_scale' is negative or NaN; the file was altered")
     for rows in store.chunks():
-        length = torch.linalg.vector_norm(store.directions(rows), dim=1)
+        length = torch.linalg.vector_norm(store.directions(rows), dim=1, dtype=torch.float64)
         if not bool(length.isfinite().all()):
             raise FormatError("the tensor 'direction' holds NaN or infinity; the file was altered")
-        if not bool((((length - 1).abs() < 1e-3) | (length == 0)).all()):
+        if not bool((((length - 1).abs() < _UNIT) | (length == 0)).all()):
             raise FormatError("the gradients are not ones that a fit gives; the file was altered")
     return store
 
@@ -206,11 +227,45 @@ def _fit_info(stored: dict[str, Any]) -> FitInfo:
             value = tuple(value)
         hint = types[name]
         # `tuple[int, ...]` is checked as a tuple, `float | None` as either.
-        allowed = get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,)
+        allowed = [get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else [hint])]
         if type(value) not in allowed and not (type(value) is int and float in allowed):
             raise FormatError(f"{name} of the fit is {value!r}; the file was altered")
         found[name] = value
     return FitInfo(**found)
+
+
+def _index(stored: dict[str, Any]) -> GradientIndex:
+    arguments = dict(stored)
+    spec = arguments.pop("spec")
+    index = ExactIndex() if spec == "exact" else FaissIndex(spec, **arguments)
+    if isinstance(index, ExactIndex) and arguments:
+        raise FormatError(f"exact search has no arguments {', '.join(arguments)}; the file was altered")
+    if isinstance(index, FaissIndex) and index.gpu is not None:
+        raise FormatError("where an index is searched is not for a file to say; the file was altered")
+    return index
+
+
+def _searcher(
+    index: GradientIndex, store: GradientStore, tensors: dict[str, Tensor], seed: int, quality: Any
+) -> GradientSearcher:
+    """The index over the stored gradients, put together from its tensors and never by faiss from bytes."""
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith("index.")}
+    if isinstance(index, FaissIndex):
+        return index.restore(store, own, seed=seed, quality=_quality(quality))
+    if own or quality is not None:
+        raise FormatError("exact search has neither tensors nor a quality; the file was altered")
+    return index.build(store, seed=seed)
+
+
+def _quality(stored: Any) -> IndexQuality | None:
+    """What was measured at `fit`; None if nothing was, or by a file of format 1."""
+    if stored is None:
+        return None
+    recall, inflation, n = stored["recall_at_1"], stored["score_inflation"], stored["n_queries"]
+    numbers_fit = all(type(number) in (int, float) for number in (recall, inflation)) and type(n) is int
+    if not numbers_fit or not (0 <= recall <= 1 and 1 <= inflation < math.inf and n >= 1):
+        raise FormatError(f"the quality of the index is {stored!r}; the file was altered")
+    return IndexQuality(float(recall), float(inflation), n)
 
 
 def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredDetector:
@@ -225,17 +280,10 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredDetect
     class_ids = tensors["class_ids"]
     if len(class_ids) == 0 or int(class_ids.min()) < 0 or int(class_ids.max()) >= len(classes):
         raise FormatError(f"the prototypes' classes are not among the {len(classes)} names; the file was altered")
-    arguments = dict(header["index"])
-    spec = arguments.pop("spec")
-    if spec == "exact" and arguments:
-        raise FormatError(f"exact search has no arguments {', '.join(arguments)}; the file was altered")
-    index: GradientIndex = ExactIndex() if spec == "exact" else FaissIndex(spec, **arguments)
-    # faiss allocates what the string says; no list, code or graph needs a number beyond the gradients'.
-    if any(int(number) > max(len(store), 4096) for number in re.findall(r"\d+", spec)):
-        raise FormatError(f"the index {spec!r} is too large for {len(store)} gradients; altered")
     seed = header["seed"]
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise FormatError(f"the seed is {seed!r}; the file was altered")
+    index = _index(header["index"])
     fingerprint = header["fingerprint"]
     state = FittedState(
         classes=classes,
@@ -243,7 +291,7 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredDetect
         class_prototypes=tensors["class_prototypes"],
         ood_prototype=tensors["ood_prototype"],
         index=index,
-        searcher=index.build(store, seed=seed),
+        searcher=_searcher(index, store, tensors, seed, header.get("quality")),
         sample_ids=tensors["sample_ids"],
         fingerprint=None if fingerprint is None else ModelFingerprint(**fingerprint),
         info=info,

@@ -19,6 +19,7 @@ from torch_grood import ExactIndex, GroodError
 from torch_grood.gradients import GradientField, PolarGradients
 from torch_grood.neighbors import GradientSearcher, Neighbors, log_distance, make_index
 from torch_grood.neighbors import brute as brute_module
+from torch_grood.neighbors import exact as exact_module
 
 MakeGradients = Callable[..., PolarGradients]
 BruteForce = Callable[[PolarGradients, PolarGradients], NDArray[np.float64]]
@@ -134,7 +135,7 @@ def test_more_rows_than_a_tile_and_more_queries_than_a_group(make_gradients: Mak
 @pytest.mark.parametrize("k", [1, 7, 100, 333])
 def test_tiny_byte_budgets_give_the_same_result(make_gradients: MakeGradients, budget: int, k: int) -> None:
     # 333 rows in tiles of 64: the last tile holds 13, fewer than k.
-    stored, queries = make_gradients(333, 12, seed=1, low=-40), make_gradients(70, 12, seed=2, low=-40)
+    stored, queries = make_gradients(333, 12, seed=1, low=-40), make_gradients(20, 12, seed=2, low=-40)
     expected = ExactIndex().build(stored).search(queries, k)
     found = ExactIndex(byte_budget=budget).build(stored).search(queries, k)
     assert torch.equal(found.log_distance, expected.log_distance)
@@ -254,13 +255,25 @@ def near_ties(d: int, ratio: float, spread: float, n: int = 600) -> tuple[PolarG
     return gradients(torch.zeros(20), queries), gradients(magnitude, rows)
 
 
-@pytest.mark.parametrize("d", [1, 2, 3, 64, 2048])
+@pytest.mark.parametrize("d", [1, 2, 3, 64, 1024])
 @pytest.mark.parametrize("ratio", [0.0, -1e-7, 3.0, -3.0, -8.0, -12.0])
 @pytest.mark.parametrize("spread", [1e-3, 1e-5, 1e-7])
 def test_rows_that_almost_tie(d: int, ratio: float, spread: float) -> None:
     queries, stored = near_ties(d, ratio, spread)
-    found = ExactIndex().build(stored).search(queries, 4)
+    found = ExactIndex(prune=False).build(stored).search(queries, 4)
     assert_nearest_to_the_bit(found, queries, stored, 4)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 3.0, -3.0, -8.0, -12.0])
+@pytest.mark.parametrize("spread", [1e-3, 1e-5, 1e-7])
+def test_the_filter_loses_no_row_that_almost_ties(ratio: float, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_CANDIDATE", "_NUMBER"):
+        monkeypatch.setattr(exact_module, name, 0)
+    monkeypatch.setattr(exact_module, "_SMALLEST", 1)
+    queries, stored = near_ties(64, ratio, spread)
+    searcher = ExactIndex().build(stored)
+    assert searcher.widths
+    assert_nearest_to_the_bit(searcher.search(queries, 4), queries, stored, 4)
 
 
 def test_the_matrix_product_alone_would_be_wrong() -> None:
@@ -496,3 +509,140 @@ def test_make_index() -> None:
     for wrong in ("", "  ", None, 5):
         with pytest.raises(GroodError, match="index must be 'exact', a faiss factory string or a GradientIndex"):
             make_index(wrong)  # type: ignore[arg-type]
+
+
+def low_rank(n: int, d: int, rank: int, seed: int, spread: float) -> PolarGradients:
+    """Gradients near a subspace that is the same for every seed, around twenty of its directions."""
+    fixed = torch.Generator().manual_seed(1234)
+    centres = torch.randn(20, rank, generator=fixed) @ torch.randn(rank, d, generator=fixed)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(20, (n,), generator=generator)
+    return gradients(
+        -0.2 * torch.rand(n, generator=generator).double(),
+        centres[chosen] + spread * torch.randn(n, d, generator=generator),
+    )
+
+
+def test_a_filter_is_chosen_where_it_pays() -> None:
+    stored, queries = low_rank(20_000, 128, 5, 1, 0.05), low_rank(20, 128, 5, 2, 0.05)
+    # Few rows of each cluster remain: nearly the whole of a row's distance to others is inside the first directions.
+    stored.log_magnitude.mul_(300)
+    queries.log_magnitude.mul_(300)
+    searcher = ExactIndex().build(stored)
+    assert searcher.widths
+    assert all(m in exact_module._WIDTHS for m in searcher.widths)
+    assert list(searcher.widths) == sorted(set(searcher.widths))
+    assert searcher.nbytes >= 4 * 20_000 * searcher.widths[0]
+    assert_same_result(searcher.search(queries, 3), ExactIndex(prune=False).build(stored).search(queries, 3))
+
+
+def assert_same_result(found: Neighbors, expected: Neighbors) -> None:
+    assert torch.equal(found.log_distance, expected.log_distance)
+    assert torch.equal(found.row, expected.row)
+
+
+def test_brute_force_is_chosen_where_all_directions_are_alike(make_gradients: MakeGradients) -> None:
+    # In 300 dimensions random directions are all equally far apart, and no few numbers tell which is nearest.
+    searcher = ExactIndex().build(make_gradients(4000, 300, low=-0.1))
+    assert searcher.widths == ()
+    assert searcher.nbytes == 0
+
+
+def test_brute_force_is_chosen_where_it_is_asked_for() -> None:
+    stored = low_rank(20_000, 128, 5, 1, 0.05)
+    stored.log_magnitude.mul_(300)
+    assert ExactIndex(prune=False).build(stored).widths == ()
+
+
+def test_brute_force_is_chosen_for_few_numbers() -> None:
+    assert ExactIndex().build(low_rank(8000, 128, 5, 1, 0.0)).widths == ()
+    assert ExactIndex().build(low_rank(3, 500_000, 1, 1, 0.0)).widths == ()
+
+
+def test_many_equal_rows_choose_something_exact() -> None:
+    # A stored gradient's nearest is at distance 0: the sample says nothing of queries from elsewhere.
+    stored = low_rank(10, 256, 5, 1, 0.05).take(torch.arange(5000) % 10)
+    queries = low_rank(3, 256, 5, 2, 0.05)
+    assert_same_result(
+        ExactIndex().build(stored).search(queries, 2), ExactIndex(prune=False).build(stored).search(queries, 2)
+    )
+
+
+def test_zero_vectors_and_tiny_rows_do_not_disturb_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, queries = low_rank(2000, 64, 5, 1, 0.05), low_rank(30, 64, 5, 2, 0.05)
+    stored.direction[::3] = 0.0
+    stored.log_magnitude[1::3] -= 700
+    monkeypatch.setattr(exact_module, "_SMALLEST", 1)
+    monkeypatch.setattr(exact_module, "_CANDIDATE", 0)
+    monkeypatch.setattr(exact_module, "_NUMBER", 0)
+    searcher = ExactIndex().build(stored)
+    assert searcher.widths
+    # Only from the rows that are left is the result told apart; two thirds of all are equally far in float64.
+    found, expected = (x.search(queries).log_distance for x in (searcher, ExactIndex(prune=False).build(stored)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("d", [5, 300, 1030])
+@pytest.mark.parametrize("kind", ["random", "one direction", "zero", "tiny"])
+def test_principal_axes_are_orthonormal(d: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if d == 1030:
+        # Beyond this, by iteration.
+        monkeypatch.setattr(exact_module, "_ALL_AXES", 100)
+        d = 130
+    vectors = torch.randn(400, d, generator=torch.Generator().manual_seed(0))
+    if kind == "one direction":
+        vectors = vectors[:, :1] * torch.ones(d)
+    elif kind == "zero":
+        vectors = torch.zeros(400, d)
+    elif kind == "tiny":
+        vectors *= 1e-18
+    count = min(d, 61)
+    before = torch.get_rng_state()
+    axes = exact_module._principal_axes(vectors, count)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert axes.dtype == torch.float64
+    if bool(axes.isfinite().all()):
+        assert axes.shape[0] == d
+        assert axes.shape[1] >= count
+        product = axes.T @ axes
+        # The margin of the residuals, 1e-6, is the root of what may be lost.
+        assert float((product - torch.eye(len(product), dtype=torch.float64)).abs().max()) < 1e-13
+
+
+@pytest.mark.parametrize("by_iteration", [False, True])
+def test_principal_axes_hold_most_of_the_vectors(by_iteration: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by_iteration:
+        monkeypatch.setattr(exact_module, "_ALL_AXES", 1)
+    vectors = low_rank(500, 130, 6, 1, 0.01).direction
+    axes = exact_module._principal_axes(vectors, 13)
+    held = [float((vectors.double() @ axes[:, :m]).square().sum() / vectors.double().square().sum()) for m in (1, 6)]
+    exact = torch.linalg.svdvals(vectors.double()).square()
+    assert held[0] == pytest.approx(float(exact[0] / exact.sum()), abs=1e-3)
+    assert held[1] == pytest.approx(float(exact[:6].sum() / exact.sum()), abs=1e-6)
+
+
+def test_many_dimensions_give_exact_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, queries = low_rank(1100, 1030, 5, 1, 0.05), low_rank(20, 1030, 5, 2, 0.05)
+    monkeypatch.setattr(exact_module, "_CANDIDATE", 0)
+    monkeypatch.setattr(exact_module, "_NUMBER", 0)
+    monkeypatch.setattr(exact_module, "_WIDTHS", (13, 29))
+    before = torch.get_rng_state()
+    searcher = ExactIndex().build(stored)
+    assert searcher.widths
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same_result(searcher.search(queries, 2), ExactIndex(prune=False).build(stored).search(queries, 2))
+
+
+def test_axes_that_are_not_finite_leave_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact_module, "_SMALLEST", 1)
+    monkeypatch.setattr(exact_module, "_CANDIDATE", 0)
+    monkeypatch.setattr(exact_module, "_NUMBER", 0)
+    monkeypatch.setattr(exact_module, "_principal_axes", lambda vectors, count: torch.full((64, 61), torch.nan))
+    assert ExactIndex().build(low_rank(500, 64, 5, 1, 0.05)).widths == ()
+
+
+@pytest.mark.parametrize(("n", "count"), [(1, 5), (5, 5), (7, 3), (1000, 64), (3, 1)])
+def test_a_spread_of_rows(n: int, count: int) -> None:
+    rows = exact_module._spread(n, count)
+    assert len(rows.unique()) == len(rows) == min(n, count)
+    assert 0 <= int(rows.min()) <= int(rows.max()) <= n - 1

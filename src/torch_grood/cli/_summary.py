@@ -24,6 +24,7 @@ def facts(detector: GROOD, path: Path) -> dict[str, Any]:
         "classes": list(detector.classes_),
         "prototypes": [detector.classes_[i] for i in detector.class_ids_.tolist()],
         "fit": asdict(detector.fit_info_),
+        "store": {"dtype": detector.store.dtype, "bytes": detector.stored_bytes_},
         "index": {"spec": detector.index.spec, "quality": None if quality is None else asdict(quality)},
         "seed": detector.seed,
         "threshold": None
@@ -41,11 +42,12 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     if fit["classifier_accuracy"] is not None:
         accuracies = f"{_percent(fit['classifier_accuracy'])} classifier, {accuracies}"
     lines = [
-        ("training images", f"{fit['n_samples']:,}, of which {fit['n_indexed']:,} are stored"),
+        ("training images", _training(fit)),
         ("classes", f"{fit['n_classes']:,}" + (f": {shorten(names)}" if names else "")),
         ("accuracy on them", accuracies),
         ("features", f"{fit['n_features']:,}" + (f", the input of {fit['head']}" if fit["head"] else "")),
         ("OOD prototype", _outliers(fit)),
+        ("store", _store(found["store"], fit)),
         ("search", _index(found["index"])),
         ("threshold", UNCALIBRATED if threshold is None else _threshold(threshold)),
         ("file", f"{found['file']}, {_size(found['bytes'])}"),
@@ -70,6 +72,23 @@ def stored_rows(metadata: dict[str, Any]) -> list[tuple[str, str]]:
     except GroodError as error:
         lines.append(("transform", f"cannot be used: {error}"))
     return [(name, f"{plain(value):.300}") for name, value in lines]
+
+
+def _training(fit: dict[str, Any]) -> str:
+    text = f"{fit['n_samples']:,}, of which {fit['n_indexed']:,} are stored"
+    if fit["subset"]:
+        subset = dict(fit["subset"])
+        arguments = ", ".join(f"{key}={value}" for key, value in subset.items() if key != "name")
+        text += f": {subset['name']}({arguments})"
+    if fit["covering_radius"] is not None:
+        text += f", no score more than ε = {fit['covering_radius']:.4g} larger than with all"
+    changes = [f"{fit[key]:,} {what}" for key, what in (("n_added", "added"), ("n_removed", "removed")) if fit[key]]
+    return text + (f" ({', '.join(changes)} since the fit)" if changes else "")
+
+
+def _store(store: dict[str, Any], fit: dict[str, Any]) -> str:
+    text = f"{store['dtype']}, {_size(store['bytes'])}, {store['bytes'] / fit['n_indexed']:,.0f} bytes an image"
+    return text + (f", scores within {fit['rounding_radius']:.4g} of float32's" if fit["rounding_radius"] else "")
 
 
 def _outliers(fit: dict[str, Any]) -> str:

@@ -32,6 +32,18 @@ from torch_grood.cli._common import (
     source_of,
     to_device,
 )
+from torch_grood.cli._search import (
+    CoresetOption,
+    IndexOption,
+    IndexParameterOption,
+    MemoryOption,
+    PerClassOption,
+    Store,
+    StoreOption,
+    index_of,
+    store_of,
+    subset_of,
+)
 from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
@@ -122,12 +134,6 @@ def fit(
         str | None,
         typer.Option("--ood", metavar="DIR|LIST", help="samples: real OOD images.", rich_help_panel=OUTLIERS),
     ] = None,
-    index: Annotated[
-        str,
-        typer.Option(
-            "--index", metavar="exact|FACTORY", help="Search: exact, or a faiss factory.", rich_help_panel=OUTLIERS
-        ),
-    ] = "exact",
     head: Annotated[
         str | None,
         typer.Option("--head", metavar="LAYER", help="The model's last layer, if not found.", rich_help_panel=OUTLIERS),
@@ -139,6 +145,12 @@ def fit(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of everything random.", rich_help_panel=OUTLIERS)] = 0,
+    index: IndexOption = "exact",
+    index_option: IndexParameterOption = None,
+    store: StoreOption = Store.float32,
+    memory: MemoryOption = None,
+    per_class: PerClassOption = None,
+    coreset: CoresetOption = None,
     root: RootOption = None,
     batch_size: BatchSizeOption = 64,
     workers: WorkersOption = None,
@@ -151,6 +163,7 @@ def fit(
         grood fit --model torchvision:resnet50 --train in/train --calibrate in/val -o in.grood
         grood fit --model nets.py:net --weights w.pt --transform cifar10 --train train.txt -o c.grood
         grood fit --model timm:resnet18 --train dogs --outliers samples --ood cats -o d.grood
+        grood fit --model torchvision:vit_b_16 --train in/train --store int8 --memory 4GiB -o v.grood
     """
     check_output(output, weights, train, calibrate, ood, model.rpartition(":")[0])
     from torch_grood import GROOD
@@ -178,10 +191,12 @@ def fit(
     detector = GROOD(
         to_device(loaded.model, device),
         outliers=_outlier_source(outliers, n, lam, outlier_images),
-        index=index,
+        index=index_of(index, index_option or []),
         head=head,
         early_layer=early_layer,
         seed=seed,
+        store=store_of(store, memory),
+        subset=subset_of(per_class, coreset),
     )
     with reporting(quiet) as reporter:
         reporter.say(f"model: {loaded.spec}, on {next(iter(loaded.model.parameters())).device}")

@@ -16,9 +16,10 @@ from torch_grood.neighbors.base import (
 from torch_grood.neighbors.exact import ExactIndex
 from torch_grood.neighbors.faiss import FaissIndex
 from torch_grood.neighbors.store import GradientStore, StoreOptions
-from torch_grood.neighbors.subset import Coverage, Subset
+from torch_grood.neighbors.subset import ClassSample, Coverage, KCenterCoreset, Subset
 
 __all__ = [
+    "ClassSample",
     "Coverage",
     "ExactIndex",
     "FaissIndex",
@@ -26,6 +27,7 @@ __all__ = [
     "GradientSearcher",
     "GradientStore",
     "IndexQuality",
+    "KCenterCoreset",
     "Neighbors",
     "StoreOptions",
     "Subset",

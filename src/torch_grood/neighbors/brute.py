@@ -15,17 +15,16 @@ beyond 3·max(‖q‖, b_(k)) are too far and, in these units, all others are of
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_grood.gradients import PolarGradients
-from torch_grood.neighbors.base import Neighbors, nearest_pairs
+from torch_grood.neighbors.pairs import Neighbors, nearest_pairs, product_error
 from torch_grood.neighbors.store import GradientStore
 
-__all__ = ["BruteForce", "product_error"]
+__all__ = ["BruteForce"]
 
 # Queries within a factor e^30 share one scale: the squares of magnitudes stay well inside float32.
 _GROUP_SPAN = 30.0
@@ -33,6 +32,8 @@ _GROUP_SPAN = 30.0
 _FAR = 3.0
 # Relative error of squaring b and of the sum with it, rounded up.
 _EPSILON = 2.0**-20
+# Log of a scale at which everything is zero.
+_LEAST = -1e9
 _TILE_QUERIES = 256
 _TILE_ROWS = 4096
 
@@ -57,8 +58,10 @@ class BruteForce:
         self._store = store
         self._log_norm = store.log_norm()
         self._byte_budget = byte_budget
-        # Lower and upper bounds, and the product itself, live at once.
-        self._tile_rows = min(_TILE_ROWS, max(64, byte_budget // (4 * 4 * _TILE_QUERIES)))
+        # Lower and upper bounds, and the product itself, live at once. Rounded rows are converted tile by tile, slowly
+        # in large pieces.
+        most = _TILE_ROWS if store.scale is None else min(_TILE_ROWS, 2**20 // store.dim)
+        self._tile_rows = max(64, min(most, byte_budget // (4 * 4 * _TILE_QUERIES)))
 
     def search(self, queries: PolarGradients, k: int) -> Neighbors:
         """The k nearest stored gradients of queries on the store's device, directions in float32."""
@@ -66,7 +69,7 @@ class BruteForce:
         log_distance = torch.empty(n, k, dtype=torch.float64, device=device)
         row = torch.empty(n, k, dtype=torch.int64, device=device)
         smallest = self._log_norm.kthvalue(k).values
-        scale = torch.maximum(queries.log_magnitude, smallest)
+        scale = torch.maximum(queries.log_magnitude, smallest).clamp_(min=_LEAST)
         pending = torch.arange(n, device=device)
         while len(pending):
             unit = float(scale[pending].max())
@@ -121,16 +124,3 @@ class BruteForce:
         query, row, bound = (torch.cat(parts) for parts in zip(*candidates, strict=True))
         keep = bound <= upper[query]
         return nearest_pairs(queries, self._store, query[keep], row[keep], k, self._byte_budget)
-
-
-def product_error(d: int) -> float:
-    """γ: error bound of cos and of the few roundings after it, for the precision that torch multiplies in."""
-    try:
-        precision = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        # torch refuses to tell where the precision was set by its newer interface: the coarsest is safe.
-        precision = "medium"
-    roundoff = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}[precision]
-    accumulation = (d + 16) * 2.0**-24
-    # Directions are of unit length only up to the rounding of their d components to float32.
-    return 2 * roundoff + 2 * accumulation + 2.0**-20 + math.sqrt(d) * 2.0**-23

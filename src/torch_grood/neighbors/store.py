@@ -49,10 +49,12 @@ class StoreOptions:
     folder: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in _DTYPES:
             raise GroodError(f"gradients are stored as {', '.join(_DTYPES)}, not as {self.dtype!r}")
         if self.memory is not None and (type(self.memory) is not int or self.memory < 0):
             raise GroodError(f"memory must be a number of bytes, got {self.memory!r}")
+        if self.folder is not None and not isinstance(self.folder, (str, os.PathLike)):
+            raise GroodError(f"folder must be the path of a folder, got {self.folder!r}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -193,7 +195,7 @@ class StoreWriter:
 
     def __init__(self, n: int, d: int, options: StoreOptions) -> None:
         codes = scratch_tensor((n, d), options.torch_dtype, options)
-        scale = None if options.dtype == "float32" else torch.empty(n)
+        scale = None if options.dtype == "float32" else torch.empty(n, dtype=torch.float32)
         self._store = GradientStore(torch.empty(n, dtype=torch.float64), codes, scale)
         self._written = 0
 
@@ -245,6 +247,7 @@ class Spool:
         with _room(self._options, part.nbytes) as folder:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="spool-", dir=folder)  # noqa: SIM115 (as long as the spool)
+                weakref.finalize(self, self._file.close)
             offset = self._file.seek(0, os.SEEK_END)
             self._file.write(part.contiguous().view(torch.uint8).numpy().data)
         self._parts.append(_Spilled(offset, part.shape, part.dtype))
@@ -255,7 +258,10 @@ class Spool:
         while self._parts:
             part = self._parts.pop()
             yield part if isinstance(part, Tensor) else self._read(part)
-        self._in_memory, self._file = 0, None
+        self._in_memory = 0
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _read(self, part: _Spilled) -> Tensor:
         assert self._file is not None
@@ -282,8 +288,16 @@ def scratch_tensor(shape: tuple[int, ...], dtype: torch.dtype, options: StoreOpt
         return torch.empty(shape, dtype=dtype)
     with _room(options, size * dtype.itemsize) as folder:
         handle, name = tempfile.mkstemp(prefix="store-", suffix=".tmp", dir=folder)
-        os.close(handle)
-        tensor = torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                # A file with holes would end the process when the disk is full.
+                os.posix_fallocate(handle, 0, size * dtype.itemsize)
+            tensor = torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
+        except BaseException:
+            _unlink(name)
+            raise
+        finally:
+            os.close(handle)
     # A file without a name stays as long as it is mapped, and is gone even if the process is killed. Windows does not
     # allow this.
     _unlink(name)
