@@ -1,7 +1,7 @@
-"""The file of a detector: round trips to the bit, attacks, and a file of format 1 that must be readable for ever.
+"""The file of a detector: round trips to the bit, attacks, and files of formats 1 and 2 that must be readable for ever.
 
-`python tests/test_storage.py` wrote tests/golden/format-1.grood. It is never written again: a change of the format
-takes a new number and a new file beside this one.
+`python tests/test_storage.py` wrote tests/golden/format-2.grood. It is never written again: a change of the format
+takes a new number and a new file beside these.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from torch_grood import (
     GROOD,
+    ClassSample,
     FaissIndex,
     FormatError,
     GroodError,
@@ -41,6 +42,7 @@ from torch_grood.outliers import OutlierContext, OutlierSource
 from torch_grood.storage import FORMAT_VERSION
 
 GOLDEN = Path(__file__).parent / "golden" / "format-1.grood"
+GOLDEN_2 = GOLDEN.with_name("format-2.grood")
 KEY = "torch-grood"
 Edit = Callable[[dict[str, Any]], object]
 EditTensors = Callable[[dict[str, Tensor]], object]
@@ -66,6 +68,16 @@ def write_golden(path: Path) -> None:
     detector.fit_features(features, labels, predictions, classes=["Affe", "naïve", "犬"])
     detector.calibrate_features(held_out, fpr=0.1)
     detector.metadata = {"note": "π ≠ 3", "nested": {"list": [1, 2.5, None, True]}}
+    detector.save(path)
+
+
+def write_golden_2(path: Path) -> None:
+    """Write the detector that the golden file of format 2 holds."""
+    features, labels, _, _ = golden_features()
+    predictions = torch.where(torch.arange(48) % 7 == 0, (labels + 1) % 3, labels)
+    index, subset = FaissIndex("IVF4,Flat", {"nprobe": 4}), ClassSample(ratio=0.75)
+    detector = GROOD(None, outliers=PrototypeMean(), index=index, store="int8", subset=subset, seed=11)
+    detector.fit_features(features, labels, predictions)
     detector.save(path)
 
 
@@ -925,10 +937,6 @@ GOLDEN_NEIGHBORS = [15, 43, 11, 33, 43, 26, 15, 22]
 GOLDEN_RANKS = [24, 17, 40, 15, 35, 6, 22, 1]
 GOLDEN_PROTOTYPES = [0, 1, 2, 0, 1, 2, 0, 1]
 
-if __name__ == "__main__":
-    GOLDEN.parent.mkdir(exist_ok=True)
-    write_golden(GOLDEN)
-
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes and links are POSIX")
 def test_only_files_are_replaced(detector: GROOD, tmp_path: Path) -> None:
@@ -941,3 +949,31 @@ def test_only_files_are_replaced(detector: GROOD, tmp_path: Path) -> None:
     detector.save(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     GROOD.load(tmp_path / "real")
+
+
+def test_golden_file_of_format_2() -> None:
+    assert GOLDEN_2.stat().st_size < 20_000
+    loaded = GROOD.load(GOLDEN_2)
+    store = loaded._need_state().searcher.gradients
+    assert (store.dtype, len(store), loaded.fit_info_.n_correct) == ("int8", 32, 41)
+    assert loaded.subset == ClassSample(ratio=0.75)
+    assert loaded.index == FaissIndex("IVF4,Flat", {"nprobe": 4})
+    assert loaded.index_quality_ is not None
+    expected = [float.fromhex(number) for number in GOLDEN_2_LOG_SCORES]
+    assert loaded.log_score_features(golden_features()[3]).tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+GOLDEN_2_LOG_SCORES = [
+    "-0x1.fcbd443a0f02dp+1",
+    "-0x1.def3c5057a694p+1",
+    "-0x1.590232196d976p+2",
+    "-0x1.c6225afabad60p+1",
+    "-0x1.1af2fa6924571p+2",
+    "-0x1.2241004b374aep+1",
+    "-0x1.f9115a5de3c9bp+1",
+    "-0x1.003f47c533d87p+0",
+]
+
+if __name__ == "__main__":
+    GOLDEN_2.parent.mkdir(exist_ok=True)
+    write_golden_2(GOLDEN_2)

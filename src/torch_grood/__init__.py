@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch_grood.detector import GROOD, Prediction
     from torch_grood.features import Extraction, FeatureExtractor
     from torch_grood.gradients import log_ood_probability, ood_gradient
-    from torch_grood.neighbors import ClassSample, ExactIndex, FaissIndex, KCenterCoreset
+    from torch_grood.neighbors import ClassSample, ExactIndex, FaissIndex, KCenterCoreset, StoreOptions
     from torch_grood.outliers import Mixup, OutlierSamples, PrototypeMean, UniformNoise
     from torch_grood.prototypes import ClassPrototypes
     from torch_grood.state import FitInfo
@@ -44,6 +44,7 @@ __all__ = [
     "OutlierSamples",
     "Prediction",
     "PrototypeMean",
+    "StoreOptions",
     "UniformNoise",
     "__version__",
     "log_ood_probability",
@@ -61,6 +62,7 @@ _MODULE_OF = {
     "ExactIndex": "neighbors",
     "FaissIndex": "neighbors",
     "KCenterCoreset": "neighbors",
+    "StoreOptions": "neighbors",
     "Mixup": "outliers",
     "OutlierSamples": "outliers",
     "PrototypeMean": "outliers",

@@ -55,8 +55,8 @@ def add(
 ) -> None:
     """Store more training images without a refit; prototypes and threshold stay.
 
-    No score becomes larger, so that the promised share of false alarms still holds;
-    calibrate again to catch as many outliers as it allows.
+    No score becomes larger, so that the promised share of false alarms still
+    holds; calibrate again to catch as many outliers as it allows.
 
     Examples:
         grood add flowers.grood flowers/new

@@ -31,8 +31,9 @@ def remove(
 ) -> None:
     """Delete what is stored of training images; the model is not needed.
 
-    Scores grow, so that the detector must be calibrated again. The class prototypes, means
-    that the images had a part in, stay; fit again to leave no trace of them at all.
+    Scores grow, so that the detector must be calibrated again. The class
+    prototypes stay: means that the images had a part in. To leave no trace
+    of them at all, fit again.
 
     Examples:
         grood remove flowers.grood 17 204
