@@ -34,8 +34,9 @@ _WIDTHS = (13, 29, 61, 125, 189, 253)
 # The cost of a row that remains, of a number of its, and of a further stage, in the units of `scan_cost`.
 _CANDIDATE, _NUMBER, _STAGE = 60_000, 100, 2_000_000
 _SAMPLE_QUERIES, _SAMPLE_ROWS, _SAMPLE_BYTES = 64, 16_384, 256 * 2**20
-# Queries from elsewhere are farther from the stored gradients than these are from one another: more rows remain.
-_SAMPLE_FACTOR = 3
+# Queries from elsewhere are farther from the stored gradients than these are from one another: more rows remain. This
+# is for OOD queries, so that a filter that seems up to twice as costly as brute force is still worth it for others.
+_SAMPLE_FACTOR, _STILL_WORTH = 6, 2
 # Up to this dimension all principal directions are computed, beyond only those that may be used.
 _ALL_AXES = 1024
 
@@ -142,7 +143,7 @@ def _make_filter(store: GradientStore, brute: BruteForce, byte_budget: int) -> B
     plans = [(m,) for m in widths] + [(m, w) for m in widths for w in widths if w >= 2 * m and d >= 4 * w]
     costs = {plan: n * scan_cost(plan[0], store.device) + _cost_of_rest(plan, share, n, d) for plan in plans}
     plan = min(costs, key=lambda plan: costs[plan])
-    if costs[plan] > n * (d + 32):
+    if costs[plan] > _STILL_WORTH * n * (d + 32):
         return None
     return BoundFilter(store, axes, plan, byte_budget)
 
