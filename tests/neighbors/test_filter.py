@@ -27,6 +27,7 @@ from torch_grood.neighbors import GradientStore, Neighbors, StoreOptions
 from torch_grood.neighbors import exact as exact_module
 from torch_grood.neighbors import filter as filter_module
 from torch_grood.neighbors.filter import BoundFilter
+from torch_grood.neighbors.pairs import UNDERFLOW
 from torch_grood.neighbors.store import StoreWriter
 
 MakeGradients = Callable[..., PolarGradients]
@@ -388,6 +389,7 @@ import pickle, torch
 from torch_grood.gradients import PolarGradients
 from torch_grood.neighbors import GradientStore
 from torch_grood.neighbors.filter import BoundFilter
+from torch_grood.neighbors.pairs import UNDERFLOW
 generator = torch.Generator().manual_seed(0)
 vectors = torch.randn(300, 20, generator=generator)
 stored = PolarGradients(torch.zeros(300, dtype=torch.float64), vectors / vectors.norm(dim=1, keepdim=True))
@@ -508,7 +510,7 @@ def test_no_bound_is_above_the_true_value(data: st.DataObject) -> None:
     product = q @ g.T
     # What float64 itself may lose.
     rounding = 1e-14 * (square + 2 * q.norm(dim=1)[:, None] * g.norm(dim=1))
-    underflow = filter_module._UNDERFLOW * (1 + q.norm(dim=1)[:, None])
+    underflow = UNDERFLOW * (1 + q.norm(dim=1)[:, None])
     assert bool((bound[:, :40] <= square - 2 * product + rounding + underflow).all())
 
 

@@ -212,6 +212,14 @@ def report_bad(loader: ImageLoader, reporter: Reporter) -> None:
         reporter.warn(f"left out {len(loader.bad)} unreadable of {len(loader.dataset)} images: {shown}")
 
 
+def run_over(method: Callable[..., Any], loader: ImageLoader, reporter: Reporter, **options: Any) -> None:
+    """Call a detector's method with the loader, and say in any case which files were left out."""
+    try:
+        method(loader, **options)
+    finally:
+        report_bad(loader, reporter)
+
+
 def check_output(path: Path, *inputs: str | Path | None) -> None:
     """Fail before a long run, not after it.
 

@@ -21,9 +21,9 @@ from torch_grood.cli._common import (
     WorkersOption,
     check_output,
     open_detector,
-    report_bad,
     report_ignored,
     reporting,
+    run_over,
     source_of,
 )
 
@@ -74,10 +74,7 @@ def add(
         loader = image_loader(
             source, prepared, batch_size=batch_size, workers=workers, on_bad="skip" if skip_bad else "raise"
         )
-        try:
-            loaded.add(loader, progress=reporter.progress("adding"))
-        finally:
-            report_bad(loader, reporter)
+        run_over(loaded.add, loader, reporter, progress=reporter.progress("adding"))
         loaded.save(target)
     if not quiet:
         stored = loaded.fit_info_.n_indexed

@@ -22,8 +22,8 @@ from torch_grood.cli._common import (
     check_output,
     held_out_source,
     open_detector,
-    report_bad,
     reporting,
+    run_over,
 )
 
 __all__ = ["calibrate"]
@@ -71,10 +71,7 @@ def calibrate(
         loader = image_loader(
             source, prepared, batch_size=batch_size, workers=workers, on_bad="skip" if skip_bad else "raise"
         )
-        try:
-            loaded.calibrate(loader, fpr, progress=reporter.progress("calibrating"))
-        finally:
-            report_bad(loader, reporter)
+        run_over(loaded.calibrate, loader, reporter, fpr=fpr, progress=reporter.progress("calibrating"))
         loaded.save(target)
     if not quiet:
         summary = dict(rows(facts(loaded, target)))

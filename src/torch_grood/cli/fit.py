@@ -28,6 +28,7 @@ from torch_grood.cli._common import (
     report_bad,
     report_ignored,
     reporting,
+    run_over,
     shorten,
     source_of,
     to_device,
@@ -205,7 +206,7 @@ def fit(
         reporter.say(f"preprocessing: {prepared}")
         reporter.say(f"training images: {len(source):,} from {source.origin}")
         report_ignored(source, reporter)
-        _run(
+        run_over(
             detector.fit,
             loader_of(source),
             reporter,
@@ -217,7 +218,9 @@ def fit(
         _check_accuracy(detector.fit_info_, reporter)
         if held_out is not None:
             reporter.say(f"calibration images: {len(held_out):,} from {held_out.origin}")
-            _run(detector.calibrate, loader_of(held_out), reporter, progress=reporter.progress("calibrating"), fpr=fpr)
+            run_over(
+                detector.calibrate, loader_of(held_out), reporter, progress=reporter.progress("calibrating"), fpr=fpr
+            )
         # The weights' bare name: a path of this machine says nothing on another.
         stored = {"spec": loaded.spec, "weights": None if weights is None else weights.name, "num_classes": num_classes}
         detector.metadata.update({"model": stored, "transform": prepared.to_dict()})
@@ -225,13 +228,6 @@ def fit(
     if not quiet:
         for name, value in rows(facts(detector, output)):
             typer.echo(f"{name:<17} {value}")
-
-
-def _run(method: Any, loader: ImageLoader, reporter: Reporter, **options: Any) -> None:
-    try:
-        method(loader, **options)
-    finally:
-        report_bad(loader, reporter)
 
 
 def _transform(

@@ -9,12 +9,11 @@ from torch_grood.neighbors.base import (
     GradientIndex,
     GradientSearcher,
     IndexQuality,
-    Neighbors,
-    log_distance,
     make_index,
 )
 from torch_grood.neighbors.exact import ExactIndex
 from torch_grood.neighbors.faiss import FaissIndex
+from torch_grood.neighbors.pairs import Neighbors, log_distance
 from torch_grood.neighbors.store import GradientStore, StoreOptions
 from torch_grood.neighbors.subset import ClassSample, Coverage, KCenterCoreset, Subset
 

@@ -1,4 +1,4 @@
-"""What every index over gradients has in common: the interface, and the distance itself.
+"""What every index over gradients has in common: the interface.
 
 Gradients are π·u with log π between -1e4 and 0, so that distances are given as logarithms: no distance underflows, and
 the order of the scores is kept at every feature scale.
@@ -13,17 +13,14 @@ from torch import Tensor
 
 from torch_grood.errors import GroodError
 from torch_grood.gradients import PolarGradients
-from torch_grood.neighbors.pairs import Neighbors, log_distance, nearest_pairs
+from torch_grood.neighbors.pairs import Neighbors
 from torch_grood.neighbors.store import GradientStore, StoreOptions
 
 __all__ = [
     "GradientIndex",
     "GradientSearcher",
     "IndexQuality",
-    "Neighbors",
-    "log_distance",
     "make_index",
-    "nearest_pairs",
 ]
 
 

@@ -68,8 +68,7 @@ class BruteForce:
         n, device = len(queries.log_magnitude), self._store.device
         log_distance = torch.empty(n, k, dtype=torch.float64, device=device)
         row = torch.empty(n, k, dtype=torch.int64, device=device)
-        smallest = self._log_norm.kthvalue(k).values
-        scale = torch.maximum(queries.log_magnitude, smallest).clamp_(min=_LEAST)
+        scale = queries.log_magnitude.clamp(min=max(self._store.smallest_log_norm(k), _LEAST))
         pending = torch.arange(n, device=device)
         while len(pending):
             unit = float(scale[pending].max())

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from torch_grood.errors import GroodError
 from torch_grood.gradients import PolarGradients
-from torch_grood.neighbors.base import GradientIndex, GradientSearcher, Neighbors
+from torch_grood.neighbors.base import GradientIndex, GradientSearcher
 from torch_grood.neighbors.brute import BruteForce
 from torch_grood.neighbors.filter import BoundFilter, scan_cost
+from torch_grood.neighbors.pairs import Neighbors
 from torch_grood.neighbors.store import GradientStore, StoreOptions
 
 __all__ = ["ExactIndex", "ExactSearcher"]
@@ -79,7 +80,6 @@ class ExactSearcher(GradientSearcher):
         self.gradients = store
         self._index = index
         self._brute = BruteForce(store, index.byte_budget)
-        self._smallest_norms: dict[int, float] = {}
         with torch.no_grad(), torch.autocast(store.device.type, enabled=False):
             self._filter = _make_filter(store, self._brute, index.byte_budget) if index.prune else None
         self.widths: tuple[int, ...] = () if self._filter is None else self._filter.widths
@@ -95,12 +95,6 @@ class ExactSearcher(GradientSearcher):
     def with_only(self, rows: Tensor, store: StoreOptions, *, seed: int = 0) -> ExactSearcher:
         return self._index.build(self.gradients.to("cpu").select(rows, store), seed=seed)
 
-    def _smallest(self, k: int) -> float:
-        """Log of the k-th smallest norm stored."""
-        if k not in self._smallest_norms:
-            self._smallest_norms[k] = float(self.gradients.log_norm().kthvalue(k).values)
-        return self._smallest_norms[k]
-
     @torch.no_grad()
     def search(self, queries: PolarGradients, k: int = 1) -> Neighbors:
         self._check_k(k)
@@ -110,17 +104,15 @@ class ExactSearcher(GradientSearcher):
             queries = PolarGradients(queries.log_magnitude.to(device), queries.direction.to(device, torch.float32))
             if self._filter is None or k > _MOST_NEIGHBORS:
                 return self._brute.search(queries, k)
-            scale = queries.log_magnitude.clamp(min=self._smallest(k))
+            scale = queries.log_magnitude.clamp(min=self.gradients.smallest_log_norm(k))
             if len(scale) == 0 or all(abs(float(x) - self._filter.unit) <= _SCALES for x in scale.aminmax()):
                 return self._filter.search(queries, k)
             inside = (scale - self._filter.unit).abs() <= _SCALES
-            parts = (self._filter.search(queries.take(inside), k), self._brute.search(queries.take(~inside), k))
-            # Where each query's result lies in the two parts together.
-            place = torch.empty(len(scale), dtype=torch.int64, device=device)
-            place[torch.cat([inside.nonzero().flatten(), (~inside).nonzero().flatten()])] = torch.arange(
-                len(scale), device=device
-            )
-            return Neighbors(*(torch.cat(pair)[place] for pair in zip(*parts, strict=True)))
+            log_distance = torch.empty(len(scale), k, dtype=torch.float64, device=device)
+            row = torch.empty(len(scale), k, dtype=torch.int64, device=device)
+            log_distance[inside], row[inside] = self._filter.search(queries.take(inside), k)
+            log_distance[~inside], row[~inside] = self._brute.search(queries.take(~inside), k)
+            return Neighbors(log_distance, row)
 
 
 def _make_filter(store: GradientStore, brute: BruteForce, byte_budget: int) -> BoundFilter | None:

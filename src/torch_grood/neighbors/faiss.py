@@ -26,8 +26,9 @@ from torch_grood._optional import require
 from torch_grood.errors import FormatError, GroodError
 from torch_grood.gradients import PolarGradients
 from torch_grood.neighbors import faiss_state
-from torch_grood.neighbors.base import GradientIndex, GradientSearcher, IndexQuality, Neighbors, nearest_pairs
+from torch_grood.neighbors.base import GradientIndex, GradientSearcher, IndexQuality
 from torch_grood.neighbors.exact import ExactIndex, ExactSearcher
+from torch_grood.neighbors.pairs import Neighbors, nearest_pairs
 from torch_grood.neighbors.store import GradientStore, StoreOptions
 
 __all__ = ["FaissIndex"]

@@ -38,13 +38,11 @@ import torch
 from torch import Tensor
 
 from torch_grood.gradients import PolarGradients
-from torch_grood.neighbors.pairs import Neighbors, nearest_pairs, pair_products, product_error
+from torch_grood.neighbors.pairs import Neighbors, bound_error, nearest_pairs, pair_products, product_error
 from torch_grood.neighbors.store import GradientStore
 
 __all__ = ["BoundFilter", "scan_cost"]
 
-# See the module's docstring.
-_UNDERFLOW = 2.0**-110
 _RESIDUAL_MARGIN = 1e-6
 # Bounds computed at a time.
 _TILE = 2**20
@@ -244,7 +242,7 @@ class BoundFilter:
         """Lower bounds of t of pairs from their inner products, and half of what they may be too low."""
         a, b = batch.norm[query], self._norm[row]
         product = a * b * pair_products(batch.gradients.direction, self._store, query, row)
-        error = _error(batch.full_error, a, b)
+        error = bound_error(batch.full_error, a, b)
         return b.square() - 2 * product - error, error
 
     def _decide(self, batch: _Batch, query: Tensor, place: Tensor, bound: Tensor, upper: Tensor, k: int) -> Neighbors:
@@ -256,14 +254,9 @@ class BoundFilter:
         if self._more is not None and batch.more is not None:
             a, b = batch.norm[query], self._norm[row]
             product = pair_products(batch.more, self._more, query, place)
-            keep = b.square() - 2 * product - _error(batch.more_error, a, b) <= upper[query]
+            keep = b.square() - 2 * product - bound_error(batch.more_error, a, b) <= upper[query]
             query, row = query[keep], row[keep]
         return nearest_pairs(batch.gradients, self._store, query, row, k, self._byte_budget)
-
-
-def _error(gamma: float, a: Tensor, b: Tensor) -> Tensor:
-    """What b² - 2·product may be off, for a product of error γab."""
-    return (2 * gamma) * a * b + 2.0**-20 * b.square() + _UNDERFLOW * (1 + a)
 
 
 def _in_bfloat16(m: int, device: torch.device) -> bool:

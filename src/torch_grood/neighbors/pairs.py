@@ -19,13 +19,14 @@ from torch import Tensor
 from torch_grood.gradients import PolarGradients
 from torch_grood.neighbors.store import GradientStore
 
-__all__ = ["Neighbors", "log_distance", "nearest_pairs", "pair_products", "product_error"]
+__all__ = ["UNDERFLOW", "Neighbors", "bound_error", "log_distance", "nearest_pairs", "pair_products", "product_error"]
 
 _SUM_LENGTH = 16_384
 _PAIR_BLOCK = 2048
 # In units of the query: rows longer than e^40 are equally far in float32, and squares do not overflow.
 _LONGEST = 40.0
-_UNDERFLOW = 2.0**-110
+# K products of 2^-126 times 1 or 2a at most are less than this times 1 + a.
+UNDERFLOW = 2.0**-110
 
 
 class Neighbors(NamedTuple):
@@ -103,7 +104,7 @@ def _shortlist(
     cos = pair_products(queries.direction, stored, query, row)
     b = (stored.log_norm()[row] - queries.log_magnitude[query]).clamp_(max=_LONGEST).exp_().float()
     # A query without direction has length 0, not 1: what is right for both needs no cos.
-    error = (2 * product_error(stored.dim)) * b + 2.0**-20 * b.square() + _UNDERFLOW
+    error = bound_error(product_error(stored.dim), torch.ones_like(b), b)
     lower = b.square() - 2 * b * cos - error
     upper = lower + 2 * error
     if k == 1:
@@ -134,6 +135,11 @@ def pair_products(queries: Tensor, rows: Tensor | GradientStore, query: Tensor, 
         for part in (slice(start, start + _PAIR_BLOCK) for start in range(0, len(row), _PAIR_BLOCK))
     ]
     return torch.cat(products) if products else queries.new_zeros(0)
+
+
+def bound_error(gamma: float, a: Tensor, b: Tensor) -> Tensor:
+    """What b² - 2·product may be off, for lengths a and b and an error of the product of γab; with what underflows."""
+    return (2 * gamma) * a * b + 2.0**-20 * b.square() + UNDERFLOW * (1 + a)
 
 
 def product_error(d: int) -> float:

@@ -101,6 +101,7 @@ class GradientStore:
         self.scale = scale
         self.log_rounding = log_rounding
         self._log_norm: Tensor | None = None
+        self._smallest: dict[int, float] = {}
 
     @classmethod
     def of(cls, gradients: PolarGradients | GradientStore) -> GradientStore:
@@ -147,6 +148,12 @@ class GradientStore:
             zero = torch.cat([~self.codes[rows].any(1) for rows in self.chunks()])
             self._log_norm = self.log_magnitude.masked_fill(zero, -torch.inf)
         return self._log_norm
+
+    def smallest_log_norm(self, k: int) -> float:
+        """The k-th smallest of `log_norm`; it takes a pass over all rows, once for each k."""
+        if k not in self._smallest:
+            self._smallest[k] = float(self.log_norm().kthvalue(k).values)
+        return self._smallest[k]
 
     def chunks(self) -> Iterator[slice]:
         """Slices that cover all rows, each of moderate size in float32."""

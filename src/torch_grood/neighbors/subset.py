@@ -44,7 +44,7 @@ from torch import Tensor
 
 from torch_grood._progress import Progress, track
 from torch_grood.errors import GroodError
-from torch_grood.neighbors.base import log_distance
+from torch_grood.neighbors.pairs import log_distance
 from torch_grood.neighbors.store import GradientStore
 
 __all__ = ["ClassSample", "Coverage", "KCenterCoreset", "Subset", "make_subset"]
