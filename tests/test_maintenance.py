@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from format_file import parts, seal
 from models import batches, left_alone, patterns, taught_mlp
 from torch_grood import GROOD, ExactIndex, FaissIndex, FormatError, GroodError, KCenterCoreset, NotFittedError
 from torch_grood.gradients import PolarGradients
@@ -23,7 +20,6 @@ from torch_grood.neighbors import GradientStore, StoreOptions
 from torch_grood.neighbors.store import StoreWriter
 
 DTYPES = ["float32", "float16", "int8"]
-KEY = "torch-grood"
 
 
 def gaussians(n: int, seed: int, classes: int = 4, d: int = 8) -> tuple[Tensor, Tensor]:
@@ -53,7 +49,7 @@ def learned(detector: GROOD) -> tuple[Any, ...]:
     return (
         *[x.tolist() for x in tensors],
         store.log_rounding,
-        dataclasses.replace(state.info, seconds=0.0),
+        state.info,
         state.classes,
         threshold,
     )
@@ -65,11 +61,9 @@ def edited(tmp_path: Path) -> Callable[..., Path]:
 
     def edit(detector: GROOD, alter: Callable[[dict[str, Tensor]], object]) -> Path:
         detector.save(tmp_path / "detector.grood")
-        with safe_open(tmp_path / "detector.grood", framework="pt") as file:
-            header = json.loads(file.metadata()[KEY])
-        tensors = load_file(tmp_path / "detector.grood")
+        header, tensors = parts(tmp_path / "detector.grood")
         alter(tensors)
-        save_file(tensors, tmp_path / "edited.grood", metadata={KEY: json.dumps(header)})
+        seal(tmp_path / "edited.grood", header, tensors)
         return tmp_path / "edited.grood"
 
     return edit

@@ -10,26 +10,39 @@ The names below are imported when they are first used, so that `grood --help` ne
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from torch_grood.errors import FormatError, GroodError, MissingDependencyError, ModelMismatchError, NotFittedError
+from torch_grood.errors import (
+    AlteredFileError,
+    FormatError,
+    GroodError,
+    MissingDependencyError,
+    ModelMismatchError,
+    NewerFormatError,
+    NotFittedError,
+    TruncatedFileError,
+)
 
 if TYPE_CHECKING:
-    from torch_grood.detector import GROOD, Prediction
+    from torch_grood.detector import GROOD, Assessment, Prediction
+    from torch_grood.explanation import Explanation
     from torch_grood.features import Extraction, FeatureExtractor
     from torch_grood.gradients import log_ood_probability, ood_gradient
     from torch_grood.neighbors import ClassSample, ExactIndex, FaissIndex, KCenterCoreset, StoreOptions
     from torch_grood.outliers import Mixup, OutlierSamples, PrototypeMean, UniformNoise
     from torch_grood.prototypes import ClassPrototypes
     from torch_grood.state import FitInfo
-    from torch_grood.threshold import ConformalThreshold
+    from torch_grood.threshold import ConformalThreshold, benjamini_hochberg
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GROOD",
+    "AlteredFileError",
+    "Assessment",
     "ClassPrototypes",
     "ClassSample",
     "ConformalThreshold",
     "ExactIndex",
+    "Explanation",
     "Extraction",
     "FaissIndex",
     "FeatureExtractor",
@@ -40,20 +53,25 @@ __all__ = [
     "MissingDependencyError",
     "Mixup",
     "ModelMismatchError",
+    "NewerFormatError",
     "NotFittedError",
     "OutlierSamples",
     "Prediction",
     "PrototypeMean",
     "StoreOptions",
+    "TruncatedFileError",
     "UniformNoise",
     "__version__",
+    "benjamini_hochberg",
     "log_ood_probability",
     "ood_gradient",
 ]
 
 _MODULE_OF = {
     "GROOD": "detector",
+    "Assessment": "detector",
     "Prediction": "detector",
+    "Explanation": "explanation",
     "Extraction": "features",
     "FeatureExtractor": "features",
     "log_ood_probability": "gradients",
@@ -70,6 +88,7 @@ _MODULE_OF = {
     "ClassPrototypes": "prototypes",
     "FitInfo": "state",
     "ConformalThreshold": "threshold",
+    "benjamini_hochberg": "threshold",
 }
 
 

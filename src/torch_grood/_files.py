@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch_grood.errors import GroodError
 
 __all__ = ["replacing", "target_of"]
+
+_DAY = 86_400
 
 
 @contextmanager
@@ -25,6 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path = target_of(path)
     temporary: Path | None = None
     try:
+        _remove_litter(path)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         temporary = Path(name)
         os.close(handle)
@@ -39,6 +44,14 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _remove_litter(path: Path) -> None:
+    """Delete temporary files of `path` that a killed process left; one that still writes has a younger one."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > _DAY:
+                old.unlink()
 
 
 def target_of(path: Path) -> Path:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-import time
-import warnings
-from collections.abc import Iterable, Iterator, Sequence, Set, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set, Sized
+from contextlib import closing
 from dataclasses import dataclass, replace
-from numbers import Integral
+from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -24,22 +24,38 @@ from torch import Tensor, nn
 from torch_grood._batches import as_loader, split_batch
 from torch_grood._progress import Progress, track
 from torch_grood.errors import GroodError, ModelMismatchError, NotFittedError
-from torch_grood.features import Extraction, FeatureExtractor, ModelFingerprint, model_fingerprint
+from torch_grood.explanation import Explanation, explain
+from torch_grood.feature_store import FeatureStore
+from torch_grood.features import Extraction, FeatureExtractor, ModelFingerprint, model_fingerprint, unwrap
 from torch_grood.gradients import PolarGradients
 from torch_grood.neighbors import GradientIndex, IndexQuality, StoreOptions, Subset, make_index
 from torch_grood.neighbors.store import as_store_options
 from torch_grood.outliers import Mixup, OutlierContext, OutlierSource, PrototypeMean, content_keys
 from torch_grood.prototypes import ClassPrototypes, Labels, as_labels
+from torch_grood.provenance import CalibrationRecord, Names, TrainingRecord, content_hashes, digest_of, names_of
 from torch_grood.state import GRADIENT_ROWS, FitInfo, FittedState, build_state, with_added, with_removed
-from torch_grood.threshold import ConformalThreshold
+from torch_grood.stored_pass import stored_extractions
+from torch_grood.threshold import ConformalThreshold, benjamini_hochberg
 from torch_grood.training_pass import TrainingPass
 
-__all__ = ["GROOD", "Prediction"]
+__all__ = ["GROOD", "Assessment", "Prediction"]
 
 _log = logging.getLogger("torch_grood")
 
 # A score below this share of its own gradient's length is a training sample, up to the network's float32 rounding.
 _SELF_MATCH = 1e-5
+
+OnTraining = Literal["raise", "drop"]
+_Decision = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+class Assessment(NamedTuple):
+    """What is known of n samples without a threshold; fields as in `Prediction`."""
+
+    score: Tensor
+    label: Tensor | None
+    prototype_label: Tensor
+    neighbor: Tensor
 
 
 class Prediction(NamedTuple):
@@ -47,7 +63,8 @@ class Prediction(NamedTuple):
 
     Attributes:
         score: S(x), float64, higher = more OOD; the paper's units.
-        p_value: conformal p-value: under ID, P(p ≤ α) ≤ α.
+        p_value: conformal p-value: under ID, P(p ≤ α) ≤ α; None with a τ of the caller's on a detector that is not
+            calibrated.
         is_ood: the decision, p ≤ fpr.
         label: the classifier's class, a position in `GROOD.classes_`; None in features-only use without predictions.
         prototype_label: class of the nearest prototype, a position in `GROOD.classes_`.
@@ -55,7 +72,7 @@ class Prediction(NamedTuple):
     """
 
     score: Tensor
-    p_value: Tensor
+    p_value: Tensor | None
     is_ood: Tensor
     label: Tensor | None
     prototype_label: Tensor
@@ -71,13 +88,23 @@ class _Scores(NamedTuple):
         neighbor: row of the nearest stored gradient, int64 (n,).
         prototype: row of the nearest class prototype, int64 (n,).
         label: the classifier's class, int64 (n,), if known.
+        content: hashes of the samples, int64 (n,), if they are wanted.
     """
 
     log_score: Tensor
     log_magnitude: Tensor
     neighbor: Tensor
     prototype: Tensor
-    label: Tensor | None
+    label: Tensor | None = None
+    content: Tensor | None = None
+
+
+class _Learned(NamedTuple):
+    """All that a detector learns, in one: who scores meanwhile sees the old or the new, not some of each."""
+
+    state: FittedState | None = None
+    threshold: ConformalThreshold | None = None
+    calibration: CalibrationRecord | None = None
 
 
 class GROOD:
@@ -93,7 +120,8 @@ class GROOD:
         index: "exact", a faiss factory string such as "IVF1024,Flat", or an index object.
         head: name of the module whose input is the penultimate feature; found if None.
         early_layer: name of the module whose output is mixed; found if None.
-        seed: of everything random; the same seed gives the same detector, in whatever order the samples come.
+        seed: of everything random; the same seed gives the same detector, with exact search in whatever order the
+            samples come.
         store: how the gradients are kept: "float32", "float16", "int8", or `StoreOptions` with a memory budget.
         subset: which of them are kept: `ClassSample(…)` or `KCenterCoreset(…)`; None: all.
 
@@ -104,6 +132,7 @@ class GROOD:
         ood_prototype_: float64 (d,).
         fit_info_: see `FitInfo`.
         threshold_: see `ConformalThreshold`; None before `calibrate`.
+        calibration_: see `CalibrationRecord`; None before `calibrate`.
         index_quality_: measured recall of an approximate index; None for exact search.
         metadata: JSON-able, saved with the detector; free for whoever needs more to travel in the file.
 
@@ -139,23 +168,27 @@ class GROOD:
         self.store = as_store_options(store)
         self.subset = subset
         self.metadata: dict[str, Any] = {}
-        self.threshold_: ConformalThreshold | None = None
-        self._state: FittedState | None = None
+        self._learned = _Learned()
         # Checks the names now, and looks for what is not named at the first batch.
         self._extractor = None if model is None else FeatureExtractor(model, head, early_layer)
 
     def __repr__(self) -> str:
         model = None if self.model is None else type(self.model).__name__
         state = "not fitted"
-        if self._state is not None:
-            info = self._state.info
+        if self._learned.state is not None:
+            info = self._learned.state.info
             state = f"fitted on {info.n_samples} samples of {info.n_classes} classes"
             state += ", uses OOD data" if info.uses_ood_data else ""
             state += f", calibrated at fpr={self.threshold_.fpr:g}" if self.threshold_ else ", not calibrated"
         return f"GROOD({model}, outliers={self.outliers!r}, index={self.index.spec!r}, seed={self.seed}; {state})"
 
     def fit(
-        self, loader: Iterable[Any], *, classes: Sequence[int | str] | None = None, progress: Progress = None
+        self,
+        loader: Iterable[Any],
+        *,
+        classes: Sequence[int | str] | None = None,
+        progress: Progress = None,
+        cache: FeatureStore | None = None,
     ) -> Self:
         """Fit on the classifier's training set, in one pass; only the penultimate features are kept.
 
@@ -163,6 +196,8 @@ class GROOD:
             loader: batches (images, labels), with the transform that the classifier is used with, not augmented.
             classes: the classes that take part, by name or position; None: all. Others' samples are left out.
             progress: None: a bar on a terminal; False: silence; or a function that wraps an iterable.
+            cache: where features are kept under way, a `torch_grood.data.FeatureCache`: a fit that was interrupted, or
+                another one on the same images, computes only what is not there. The detector is the same with it.
 
         Raises:
             GroodError: for an empty loader, labels that are missing, out of range or no integers, a class without
@@ -170,16 +205,11 @@ class GROOD:
                 unchanged then.
         """
         extractor = self._need_extractor("fit")
-        started = time.perf_counter()
         with extractor.evaluation():
             passed = TrainingPass(extractor, self.outliers, self.seed, loader, classes, self.store, self.subset)
             if isinstance(loader, Tensor):
                 raise GroodError("fit needs labels; pass a loader of (images, labels) batches, not a tensor of images")
-            for batch in track(as_loader(loader), progress, "fit"):
-                first = passed.n_samples == 0
-                passed.add(*split_batch(batch))
-                if first and passed.n_samples:
-                    _log.info("%s", passed.memory_statement())
+            passed.run(loader, progress, cache)
             if passed.n_samples == 0:
                 raise GroodError("the loader gave no training sample; check the path and the loader")
             context = OutlierContext(
@@ -217,9 +247,9 @@ class GROOD:
             image_shape=passed.image_shape if passed.one_size else (),
             head=extractor.head,
             early_layer=extractor.early_layer if self.outliers.uses_early_layer else None,
-            seconds=time.perf_counter() - started,
         )
-        self._adopt(replace(state, info=info, fingerprint=model_fingerprint(extractor.model)))
+        training = TrainingRecord(torch.cat(passed.hashes), names_of(loader, passed.n_read))
+        self._adopt(replace(state, info=info, fingerprint=model_fingerprint(extractor.model), training=training))
         return self
 
     def fit_features(
@@ -245,7 +275,6 @@ class GROOD:
         Raises:
             GroodError: as `fit`; or if the outlier source needs a model and ood_features is None.
         """
-        started = time.perf_counter()
         features = _as_features(features)
         if isinstance(labels, np.ndarray):
             labels = labels.tolist()
@@ -288,7 +317,7 @@ class GROOD:
             subset=self.subset,
             keys=None if self.subset is None else content_keys(features, self.seed),
         )
-        self._adopt(replace(state, info=replace(state.info, seconds=time.perf_counter() - started)))
+        self._adopt(replace(state, training=TrainingRecord(content_hashes(features))))
         return self
 
     def add(self, loader: Iterable[Any], *, progress: Progress = None) -> Self:
@@ -307,34 +336,34 @@ class GROOD:
         state, extractor = self._need_state(), self._need_extractor("add")
         if isinstance(loader, Tensor):
             raise GroodError("add needs labels; pass a loader of (images, labels) batches, not a tensor of images")
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         names, position = _named_classes(loader, state.classes)
         with extractor.evaluation():
             for batch in track(as_loader(loader), progress, "add"):
                 images, labels = split_batch(batch)
                 if len(images):
                     if state.info.image_shape and tuple(images.shape[1:]) != state.info.image_shape:
-                        raise _wrong_shape("added", images, state.info.image_shape)
+                        raise _wrong_shape("added", images.shape[1:], state.info.image_shape)
                     try:
                         ids = position[ClassPrototypes(names).rows(labels, len(images))]
                     except GroodError as error:
                         n_done = sum(len(part[1]) for part in parts)
                         raise GroodError(f"in the batch after sample {n_done}: {error}") from None
                     found = extractor(images)
-                    parts.append((found.features.cpu(), ids, found.logits.argmax(1).cpu()))
+                    parts.append((found.features.cpu(), ids, found.logits.argmax(1).cpu(), content_hashes(images)))
         if not parts:
             raise GroodError("the loader gave no training sample; check the path and the loader")
-        return self._add(*(torch.cat(field) for field in zip(*parts, strict=True)))
+        features, ids, predictions, hashes = (torch.cat(field) for field in zip(*parts, strict=True))
+        return self._add(features, ids, predictions, TrainingRecord(hashes, names_of(loader, len(hashes))))
 
     def add_features(self, features: Tensor, labels: Labels, predictions: Labels | None = None) -> Self:
         """As `add`, from penultimate features (n, d); labels and predictions as for `fit_features`."""
         state, features = self._need_state(), _as_features(features)
         ids = ClassPrototypes(state.classes).rows(labels, len(features))
-        return self._add(
-            features, ids, ids if predictions is None else _predictions(predictions, features, state.classes)
-        )
+        predicted = ids if predictions is None else _predictions(predictions, features, state.classes)
+        return self._add(features, ids, predicted, TrainingRecord(content_hashes(features)))
 
-    def _add(self, features: Tensor, ids: Tensor, predictions: Tensor) -> Self:
+    def _add(self, features: Tensor, ids: Tensor, predictions: Tensor, record: TrainingRecord) -> Self:
         state = self._need_state()
         taking_part = torch.isin(ids, state.class_ids)
         correct = taking_part & (predictions == ids)
@@ -352,8 +381,9 @@ class GROOD:
             n_used=int(taking_part.sum()),
             n_left_out=int((~taking_part).sum()),
             store=self.store,
+            record=record.without((~taking_part).nonzero().flatten()),
         )
-        self._adopt(new, self.threshold_)
+        self._adopt(new, self.threshold_, self.calibration_)
         return self
 
     def remove(self, sample_ids: Tensor | Sequence[int] | Set[int] | int) -> int:
@@ -373,60 +403,108 @@ class GROOD:
         """
         state = self._need_state()
         ids = _sample_ids(sample_ids)
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < state.info.n_read:
-            raise GroodError(
-                f"sample ids are positions from 0 to {state.info.n_read - 1} in the training set, got "
-                f"{int(ids.min())} to {int(ids.max())}"
-            )
+        _check_ids(ids, state.info.n_read)
         new = with_removed(state, self.seed, ids, self.store)
         n_removed = state.info.n_indexed - new.info.n_indexed
         if n_removed:
             self._adopt(new)
+        else:
+            self._adopt(new, self.threshold_, self.calibration_)
         return n_removed
 
-    def _adopt(self, state: FittedState, threshold: ConformalThreshold | None = None) -> None:
-        self._state, self.threshold_ = state, threshold
+    def _adopt(
+        self,
+        state: FittedState,
+        threshold: ConformalThreshold | None = None,
+        calibration: CalibrationRecord | None = None,
+    ) -> None:
+        self._learned = _Learned(state, threshold, calibration)
 
-    def calibrate(self, held_out: Tensor | Iterable[Any], fpr: float = 0.05, *, progress: Progress = None) -> Self:
+    def calibrate(
+        self,
+        held_out: Tensor | Iterable[Any],
+        fpr: float = 0.05,
+        *,
+        per_class: bool = False,
+        on_training: OnTraining = "raise",
+        progress: Progress = None,
+        cache: FeatureStore | None = None,
+    ) -> Self:
         """Choose τ so that at most `fpr` of exchangeable ID inputs are called OOD.
 
         Args:
             held_out: ID images that the model was not trained on and `fit` has not seen: a tensor, or batches. Images
                 labelled with a class that was left out of the fit are not ID, and are passed over.
             fpr: false-alarm rate to promise, in (0, 1), at least 1 / (n + 1) for n held-out samples.
+            per_class: keep the promise for the images nearest to each class prototype by themselves, by a threshold
+                for each class; it needs as many images for each class as else for all.
+            on_training: what to do with training samples among the held-out ones, which are known by their content
+                and by a score of 0: "raise" an error, or "drop" them.
             progress: see `fit`.
+            cache: see `fit`.
 
         Raises:
-            GroodError: for an fpr that cannot be promised, or images that cannot be scored.
+            GroodError: for an fpr that cannot be promised, images that cannot be scored, or training samples.
         """
-        self._calibrate(self._scores(self._taking_part(as_loader(held_out)), progress, "calibrate"), fpr)
-        return self
-
-    def _taking_part(self, loader: Iterable[Any]) -> Iterable[Any]:
-        """The batches without the images whose label is a class that was left out."""
+        _check_on_training(on_training)
         state = self._need_state()
-        left_out = torch.ones(len(state.classes), dtype=torch.bool)
-        left_out[state.class_ids] = False
-        if not bool(left_out.any()):
-            return loader
-        return _Filtered(loader, left_out)
-
-    def calibrate_features(self, features: Tensor, fpr: float = 0.05) -> Self:
-        """As `calibrate`, from penultimate features (n, d)."""
-        self._calibrate(self._scores_of_features(_as_features(features)), fpr)
+        images = held_out if cache is not None else _taking_part(as_loader(held_out), state)
+        scores = self._scores(state, images, progress, "calibrate", hashed=True, cache=cache)
+        names = None if isinstance(held_out, Tensor) else names_of(held_out, len(scores.log_score))
+        self._calibrate(state, scores, fpr, per_class, on_training, names)
         return self
 
-    def _calibrate(self, scores: _Scores, fpr: float) -> None:
+    def calibrate_features(
+        self, features: Tensor, fpr: float = 0.05, *, per_class: bool = False, on_training: OnTraining = "raise"
+    ) -> Self:
+        """As `calibrate`, from penultimate features (n, d)."""
+        _check_on_training(on_training)
+        state, features = self._need_state(), _as_features(features)
+        scores = _scores_of_features(state, features)._replace(content=content_hashes(features))
+        self._calibrate(state, scores, fpr, per_class, on_training)
+        return self
+
+    def _calibrate(
+        self,
+        state: FittedState,
+        scores: _Scores,
+        fpr: float,
+        per_class: bool,
+        on_training: OnTraining,
+        names: Names | None = None,
+    ) -> None:
+        content = scores.content
+        assert content is not None
         # Exactly 0 for the same features; images in another batch come out of the network a rounding apart.
-        n_seen = int((scores.log_score - scores.log_magnitude < math.log(_SELF_MATCH)).sum())
-        if n_seen:
-            warnings.warn(
-                f"{n_seen} of {len(scores.log_score)} calibration samples score practically 0: `fit` has seen them. A "
-                "threshold from training samples promises nothing; calibrate on held-out samples.",
-                UserWarning,
-                stacklevel=3,
+        seen = scores.log_score - scores.log_magnitude < math.log(_SELF_MATCH)
+        if state.training is not None:
+            seen |= state.training.contains(content)
+        n_seen = int(seen.sum())
+        if n_seen and on_training == "raise":
+            first = seen.nonzero().flatten().tolist()[:5]
+            shown = [(names and names[position]) or f"sample {position}" for position in first]
+            raise GroodError(
+                f"{n_seen} of {len(seen)} calibration samples are training samples ({', '.join(shown)}"
+                f"{', …' if n_seen > len(shown) else ''}), and a threshold that rests on these promises nothing. "
+                "Calibrate on held-out samples, or leave these out: on_training='drop' (--drop-training)."
             )
-        self.threshold_ = ConformalThreshold.fit(scores.log_score, fpr)
+        if n_seen:
+            _log.info("left out %d of %d calibration samples, which are training samples", n_seen, len(seen))
+        kept = ~seen
+        groups = None
+        if per_class:
+            groups = state.class_ids[scores.prototype[kept]]
+            absent = [_class_name(state, group) for group in state.class_ids.tolist() if group not in groups]
+            if absent:
+                raise GroodError(
+                    f"no calibration sample is taken for {', '.join(absent[:5])}{', …' if len(absent) > 5 else ''}, and"
+                    " nothing can be promised for a class without any. Pass held-out samples of all classes, or use "
+                    "one threshold for all classes."
+                )
+        threshold = ConformalThreshold.fit(scores.log_score[kept], fpr, groups, describe=partial(_class_name, state))
+        if self._learned.state is not state:
+            raise GroodError("the detector was fitted anew while it was calibrated; calibrate again")
+        self._adopt(state, threshold, CalibrationRecord(int(kept.sum()), n_seen, digest_of(content[kept])))
 
     def score(self, images: Tensor | Iterable[Any], *, progress: Progress = None) -> Tensor:
         """S(x): how far the gradient of each image is from all training gradients.
@@ -442,7 +520,7 @@ class GROOD:
 
     def log_score(self, images: Tensor | Iterable[Any], *, progress: Progress = None) -> Tensor:
         """Log S(x), float64 (n,): the same order, and no underflow for features of large scale."""
-        return self._scores(images, progress, "score").log_score
+        return self._scores(self._need_state(), images, progress, "score").log_score
 
     def score_features(self, features: Tensor) -> Tensor:
         """As `score`, from penultimate features (n, d)."""
@@ -450,38 +528,98 @@ class GROOD:
 
     def log_score_features(self, features: Tensor) -> Tensor:
         """As `log_score`, from penultimate features (n, d)."""
-        return self._scores_of_features(_as_features(features)).log_score
+        return _scores_of_features(self._need_state(), _as_features(features)).log_score
 
-    def predict(self, images: Tensor | Iterable[Any], *, progress: Progress = None) -> Prediction:
+    def assess(self, images: Tensor | Iterable[Any], *, progress: Progress = None) -> Assessment:
+        """Score, labels and neighbour of each image, without a decision: it needs no calibration."""
+        state = self._need_state()
+        return _assessment(state, self._scores(state, images, progress, "assess"))
+
+    def assess_features(self, features: Tensor, predictions: Tensor | Sequence[int] | None = None) -> Assessment:
+        """As `assess`, from penultimate features (n, d) and, if known, the classifier's classes (n,)."""
+        state, features = self._need_state(), _as_features(features)
+        label = None if predictions is None else as_labels(predictions, len(features))
+        return _assessment(state, _scores_of_features(state, features)._replace(label=label))
+
+    def predict(
+        self,
+        images: Tensor | Iterable[Any],
+        *,
+        fpr: float | None = None,
+        tau: float | None = None,
+        fdr: float | None = None,
+        progress: Progress = None,
+    ) -> Prediction:
         """Score, p-value, decision and labels of each image.
 
         Args:
             images: a tensor (n, ...), or batches; labels in them are ignored.
+            fpr: another false-alarm rate than that of `calibrate`, promised by the same calibration.
+            tau: the caller's own τ instead, in the units of the score: is_ood is S(x) > τ, and nothing is promised.
+            fdr: decide about all images together instead: of those flagged, at most this share are ID in expectation
+                (`benjamini_hochberg`).
             progress: see `fit`.
 
         Raises:
-            NotFittedError: before `calibrate`; `score` works without.
+            NotFittedError: before `calibrate`, unless τ is given.
+            GroodError: if more than one of fpr, tau and fdr is given, or one is out of range or cannot be promised.
         """
-        self._need_threshold()
-        return self._prediction(self._scores(images, progress, "predict"))
+        learned = self._learned
+        state = self._need_state(learned)
+        decide = _decision(state, learned.threshold, fpr, tau, fdr)
+        return _prediction(state, learned.threshold, self._scores(state, images, progress, "predict"), decide)
 
-    def predict_features(self, features: Tensor, predictions: Tensor | Sequence[int] | None = None) -> Prediction:
+    def predict_features(
+        self,
+        features: Tensor,
+        predictions: Tensor | Sequence[int] | None = None,
+        *,
+        fpr: float | None = None,
+        tau: float | None = None,
+        fdr: float | None = None,
+    ) -> Prediction:
         """As `predict`, from penultimate features (n, d) and, if known, the classifier's classes (n,)."""
-        self._need_threshold()
+        learned = self._learned
+        state = self._need_state(learned)
+        decide = _decision(state, learned.threshold, fpr, tau, fdr)
         features = _as_features(features)
         label = None if predictions is None else as_labels(predictions, len(features))
-        return self._prediction(self._scores_of_features(features)._replace(label=label))
+        scores = _scores_of_features(state, features)._replace(label=label)
+        return _prediction(state, learned.threshold, scores, decide)
 
-    def _prediction(self, scores: _Scores) -> Prediction:
-        state, threshold = self._need_state(), self._need_threshold()
-        return Prediction(
-            score=scores.log_score.exp(),
-            p_value=threshold.p_values(scores.log_score),
-            is_ood=threshold.is_ood(scores.log_score),
-            label=scores.label,
-            prototype_label=state.class_ids[scores.prototype],
-            neighbor=state.sample_ids[scores.neighbor],
-        )
+    def explain(
+        self, images: Tensor | Iterable[Any], k: int = 5, n_prototypes: int = 5, *, progress: Progress = None
+    ) -> Explanation:
+        """Why each image scores as it does: see `Explanation`.
+
+        Args:
+            images: a tensor (n, ...), or batches; labels in them are ignored.
+            k: training samples with the nearest gradients; fewer if fewer are stored.
+            n_prototypes: nearest class prototypes; fewer if there are fewer classes.
+            progress: see `fit`.
+        """
+        state = self._need_state()
+        with closing(self._extracted(state, images, progress, "explain")) as batches:
+            parts = [explain(state, found.features, k, n_prototypes) for found, _ in batches]
+        return Explanation(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+    def explain_features(self, features: Tensor, k: int = 5, n_prototypes: int = 5) -> Explanation:
+        """As `explain`, from penultimate features (n, d)."""
+        return explain(self._need_state(), _as_features(features), k, n_prototypes)
+
+    def sample_names(self, sample_ids: Tensor | Sequence[int]) -> list[str | None]:
+        """Names of training samples, where the loader told them: paths as they were given, None for others.
+
+        Args:
+            sample_ids: positions in the training set, as in `Prediction.neighbor`.
+
+        Raises:
+            GroodError: for a position that does not exist.
+        """
+        state, ids = self._need_state(), _sample_ids(sample_ids)
+        _check_ids(ids, state.info.n_read)
+        names = None if state.training is None else state.training.names
+        return [None if names is None else names[position] for position in ids.tolist()]
 
     def extract(self, images: Tensor | Iterable[Any], *, progress: Progress = None) -> Extraction:
         """Penultimate features, logits and labels (if the batches have them) of a whole data set, on the CPU.
@@ -509,11 +647,45 @@ class GROOD:
             torch.cat(known) if len(known) == len(parts) else None,
         )
 
-    def _scores(self, images: Tensor | Iterable[Any], progress: Progress, description: str) -> _Scores:
-        """Algorithm 2 for all images of a tensor or loader."""
-        expected = self._need_state().info.image_shape
-        extractor = self._need_extractor(description)
+    def _scores(
+        self,
+        state: FittedState,
+        images: Tensor | Iterable[Any],
+        progress: Progress,
+        description: str,
+        *,
+        hashed: bool = False,
+        cache: FeatureStore | None = None,
+    ) -> _Scores:
+        """Algorithm 2 for all images of a tensor or loader; with a cache, without those of classes left out."""
         parts: list[_Scores] = []
+        done = 0
+        if cache is None:
+            extracted = self._extracted(state, images, progress, description, hashed=hashed)
+        else:
+            extracted = self._stored(state, images, progress, description, cache)
+        with closing(extracted) as batches:
+            for found, content in batches:
+                scores = _scores_of_features(state, found.features, first=done)
+                parts.append(scores._replace(label=found.logits.argmax(1).cpu(), content=content))
+                done += len(found.features)
+        return _joined(parts)
+
+    def _extracted(
+        self,
+        state: FittedState,
+        images: Tensor | Iterable[Any],
+        progress: Progress,
+        description: str,
+        *,
+        hashed: bool = False,
+    ) -> Generator[tuple[Extraction, Tensor | None]]:
+        """Features and logits batch by batch, with the images' hashes if they are wanted; to be closed after use.
+
+        Raises:
+            GroodError: for images of another shape than the training images', or no image at all.
+        """
+        expected, extractor = state.info.image_shape, self._need_extractor(description)
         done = 0
         with extractor.evaluation():
             for batch in track(as_loader(images), progress, description):
@@ -521,27 +693,45 @@ class GROOD:
                 if len(batch_images) == 0:
                     continue
                 if expected and tuple(batch_images.shape[1:]) != expected:
-                    raise _wrong_shape("scored", batch_images, expected)
-                found = extractor(batch_images)
-                scores = self._scores_of_features(found.features, first=done)
-                parts.append(scores._replace(label=found.logits.argmax(1).cpu()))
+                    raise _wrong_shape("scored", batch_images.shape[1:], expected)
                 done += len(batch_images)
-        if not parts:
+                yield extractor(batch_images), content_hashes(batch_images) if hashed else None
+        if done == 0:
             raise GroodError(f"there is no image to {description}; check the path and the loader")
-        return _Scores(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
-    def _scores_of_features(self, features: Tensor, first: int = 0) -> _Scores:
-        """Algorithm 2 for features (n, d), of which `first` others came before."""
-        state = self._need_state()
-        parts: list[_Scores] = []
-        for start in range(0, max(len(features), 1), GRADIENT_ROWS):
-            part = features[start : start + GRADIENT_ROWS].cpu()
-            gradients, nearest = state.gradient_field(part, first=first + start)
-            neighbors = state.searcher.search(gradients)
-            log_distance, row = neighbors.log_distance.flatten().cpu(), neighbors.row.flatten().cpu()
-            parts.append(_Scores(log_distance, gradients.log_magnitude.cpu(), row, nearest.cpu(), None))
-        log_score, log_magnitude, row, nearest = (torch.cat(field) for field in list(zip(*parts, strict=True))[:4])
-        return _Scores(log_score, log_magnitude, row, nearest, None)
+    def _stored(
+        self,
+        state: FittedState,
+        images: Tensor | Iterable[Any],
+        progress: Progress,
+        description: str,
+        cache: FeatureStore,
+    ) -> Generator[tuple[Extraction, Tensor | None]]:
+        """As `_extracted`, from a cache as far as it has them; images of classes that were left out are passed over."""
+        extractor = self._need_extractor(description)
+        left_out = sorted(set(range(len(state.classes))) - set(state.class_ids.tolist()))
+        parts = stored_extractions(
+            extractor, images, cache, left_out=left_out, progress=progress, description=description
+        )
+        done = 0
+        with extractor.evaluation(), closing(parts):
+            for part in parts:
+                if state.info.image_shape and part.shape != state.info.image_shape:
+                    raise _wrong_shape("scored", part.shape, state.info.image_shape)
+                done += len(part.hashes)
+                yield part.found, part.hashes
+        if done == 0:
+            raise GroodError(f"there is no image to {description}; check the path and the loader")
+
+    @property
+    def threshold_(self) -> ConformalThreshold | None:
+        """See `ConformalThreshold`; None before `calibrate`."""
+        return self._learned.threshold
+
+    @property
+    def calibration_(self) -> CalibrationRecord | None:
+        """See `CalibrationRecord`; None before `calibrate`."""
+        return self._learned.calibration
 
     @property
     def classes_(self) -> tuple[int | str, ...]:
@@ -569,6 +759,11 @@ class GROOD:
         return self._need_state().info
 
     @property
+    def training_(self) -> TrainingRecord | None:
+        """What is remembered of the training samples; None in a file of format 1 or 2."""
+        return self._need_state().training
+
+    @property
     def stored_bytes_(self) -> int:
         """Bytes that the stored gradients take, in memory or on disk."""
         return self._need_state().searcher.gradients.nbytes
@@ -585,52 +780,61 @@ class GROOD:
         storage.save(Path(path), self, self._need_state())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> Self:
-        """Read a detector.
+    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None, *, verify: bool = False) -> Self:
+        """Read a detector; a large file is memory-mapped, and shared with other processes that read it.
 
         Args:
             path: a file that `save` wrote.
             model: the model that it was fitted on; None: for use on features alone.
+            verify: check every byte of a large file now; else its gradients are checked when they are first used.
 
         Raises:
-            FormatError: if the file is truncated, altered, of a newer format, or no detector file.
+            FormatError: NewerFormatError, TruncatedFileError or AlteredFileError, or if it is no detector file.
             ModelMismatchError: if the model is not the one that the detector was fitted on.
         """
         from torch_grood import storage
 
-        stored = storage.load(Path(path))
-        info = stored.state.info
+        stored = storage.load(Path(path), verify=verify)
         detector = cls(
-            model,
+            None,
             outliers=stored.outliers,
             index=stored.index,
-            head=None if model is None else _existing(model, info.head),
-            early_layer=None if model is None else _existing(model, info.early_layer),
             seed=stored.seed,
             store=stored.state.searcher.gradients.dtype,
             subset=stored.subset,
         )
-        if model is not None:
-            _check_model(model, stored.state.fingerprint, path)
         detector.metadata = stored.metadata
-        detector._adopt(stored.state, stored.threshold)
-        return detector
+        detector._adopt(stored.state, stored.threshold, stored.calibration)
+        if model is None:
+            return detector
+        try:
+            return detector.bind(model)
+        except ModelMismatchError as error:
+            raise ModelMismatchError(f"{path}: {error}") from None
 
-    def _need_state(self) -> FittedState:
-        if self._state is None:
+    def bind(self, model: nn.Module) -> Self:
+        """Give a detector that was loaded without its model the model that it was fitted on.
+
+        Raises:
+            ModelMismatchError: if it is another one.
+        """
+        state = self._need_state()
+        _check_model(model, state.fingerprint)
+        known = dict(unwrap(model).named_modules())
+        # A part of the model may be compiled now, and its modules named differently: these are found again.
+        self.head = state.info.head if state.info.head in known else None
+        self.early_layer = state.info.early_layer if state.info.early_layer in known else None
+        self.model = model
+        self._extractor = FeatureExtractor(model, self.head, self.early_layer)
+        return self
+
+    def _need_state(self, learned: _Learned | None = None) -> FittedState:
+        state = (learned or self._learned).state
+        if state is None:
             raise NotFittedError(
                 "this detector is not fitted; call fit(loader) or fit_features(features, labels) first"
             )
-        return self._state
-
-    def _need_threshold(self) -> ConformalThreshold:
-        self._need_state()
-        if self.threshold_ is None:
-            raise NotFittedError(
-                "this detector is not calibrated, so it cannot decide; call calibrate(held_out, fpr=0.05) first, "
-                "or use score(), which needs no threshold"
-            )
-        return self.threshold_
+        return state
 
     def _need_extractor(self, what: str) -> FeatureExtractor:
         if self._extractor is None:
@@ -661,9 +865,107 @@ def _sample_ids(given: Any) -> Tensor:
     return ids.long()
 
 
-def _wrong_shape(what: str, images: Tensor, expected: tuple[int, ...]) -> GroodError:
+def _check_ids(ids: Tensor, n_read: int) -> None:
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < n_read:
+        raise GroodError(
+            f"sample ids are positions from 0 to {n_read - 1} in the training set, got "
+            f"{int(ids.min())} to {int(ids.max())}"
+        )
+
+
+def _check_on_training(on_training: str) -> None:
+    if on_training not in ("raise", "drop"):
+        raise GroodError(f"on_training must be 'raise' or 'drop', got {on_training!r}")
+
+
+def _present(p_values: Tensor | None) -> Tensor:
+    assert p_values is not None
+    return p_values
+
+
+def _taking_part(loader: Iterable[Any], state: FittedState) -> Iterable[Any]:
+    """The batches without the images whose label is a class that was left out."""
+    left_out = torch.ones(len(state.classes), dtype=torch.bool)
+    left_out[state.class_ids] = False
+    if not bool(left_out.any()):
+        return loader
+    return _Filtered(loader, left_out)
+
+
+def _class_name(state: FittedState, group: int) -> str:
+    return f"class {state.classes[group]!r}"
+
+
+def _scores_of_features(state: FittedState, features: Tensor, first: int = 0) -> _Scores:
+    """Algorithm 2 for features (n, d), of which `first` others came before."""
+    parts: list[_Scores] = []
+    for start in range(0, max(len(features), 1), GRADIENT_ROWS):
+        part = features[start : start + GRADIENT_ROWS].cpu()
+        gradients, nearest = state.gradient_field(part, first=first + start)
+        neighbors = state.searcher.search(gradients)
+        log_distance, row = neighbors.log_distance.flatten().cpu(), neighbors.row.flatten().cpu()
+        parts.append(_Scores(log_distance, gradients.log_magnitude.cpu(), row, nearest.cpu()))
+    return _joined(parts)
+
+
+def _decision(
+    state: FittedState, threshold: ConformalThreshold | None, fpr: float | None, tau: float | None, fdr: float | None
+) -> _Decision:
+    """From log scores, p-values and groups to is_ood."""
+    given = [name for name, value in (("fpr", fpr), ("tau", tau), ("fdr", fdr)) if value is not None]
+    if len(given) > 1:
+        raise GroodError(f"{' and '.join(given)} are different ways to decide; give one of them")
+    if tau is not None:
+        if not isinstance(tau, Real) or not 0 <= tau < math.inf:
+            raise GroodError(f"tau is a score, at least 0; got {tau!r}")
+        log_tau = math.log(tau) if tau else -math.inf
+        return lambda log_scores, p_values, groups: log_scores > log_tau
+    if threshold is None:
+        raise NotFittedError(
+            "this detector is not calibrated, so it cannot decide; call calibrate(held_out, fpr=0.05) first, "
+            "or use score(), which needs no threshold"
+        )
+    if fdr is not None:
+        rate = fdr
+        benjamini_hochberg(torch.empty(0), rate)
+        return lambda log_scores, p_values, groups: benjamini_hochberg(_present(p_values), rate)
+    chosen = threshold if fpr is None else threshold.at(fpr, describe=partial(_class_name, state))
+    return lambda log_scores, p_values, groups: chosen.is_ood(log_scores, groups)
+
+
+def _prediction(
+    state: FittedState, threshold: ConformalThreshold | None, scores: _Scores, decide: _Decision
+) -> Prediction:
+    found = _assessment(state, scores)
+    groups = None if threshold is None or threshold.groups is None else found.prototype_label
+    p_value = None if threshold is None else threshold.p_values(scores.log_score, groups)
+    return Prediction(
+        score=found.score,
+        p_value=p_value,
+        is_ood=decide(scores.log_score, p_value, groups),
+        label=found.label,
+        prototype_label=found.prototype_label,
+        neighbor=found.neighbor,
+    )
+
+
+def _assessment(state: FittedState, scores: _Scores) -> Assessment:
+    return Assessment(
+        score=scores.log_score.exp(),
+        label=scores.label,
+        prototype_label=state.class_ids[scores.prototype],
+        neighbor=state.sample_ids[scores.neighbor],
+    )
+
+
+def _joined(parts: Sequence[_Scores]) -> _Scores:
+    fields: list[Any] = [None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)]
+    return _Scores(*fields)
+
+
+def _wrong_shape(what: str, shape: Sequence[int], expected: tuple[int, ...]) -> GroodError:
     return GroodError(
-        f"images of shape {tuple(images.shape[1:])} cannot be {what}: the detector was fitted on images of shape "
+        f"images of shape {tuple(shape)} cannot be {what}: the detector was fitted on images of shape "
         f"{expected}. Apply the same transform to all."
     )
 
@@ -747,24 +1049,19 @@ def _classes_of(labels: Any, predictions: Any) -> Sequence[int | str]:
     return range(max(largest + 1, 1))
 
 
-def _existing(model: nn.Module, name: str | None) -> str | None:
-    """The stored name of a layer, if the model has it; a model that lacks it fails the comparison of fingerprints."""
-    from torch_grood.features import unwrap
-
-    return name if name in dict(unwrap(model).named_modules()) else None
-
-
-def _check_model(model: nn.Module, expected: ModelFingerprint | None, path: str | os.PathLike[str]) -> None:
+def _check_model(model: nn.Module, expected: ModelFingerprint | None) -> None:
     if expected is None:
-        raise ModelMismatchError(f"{path} was fitted on features, without a model; load it with GROOD.load(path)")
+        raise ModelMismatchError(
+            "the detector was fitted on features, without a model; use it without one: GROOD.load(path)"
+        )
     actual = model_fingerprint(model)
     if actual.architecture != expected.architecture:
         raise ModelMismatchError(
-            f"{path} was fitted on another model: the names, shapes or dtypes of the weights differ. "
+            "the detector was fitted on another model: the names, shapes or dtypes of the weights differ. "
             "Pass the model that it was fitted on, in the same precision."
         )
     if actual.weights != expected.weights:
         raise ModelMismatchError(
-            f"{path} was fitted on the same architecture with other weights; load the weights that it was fitted on, "
-            "or fit again"
+            "the detector was fitted on the same architecture with other weights; load the weights that it was fitted "
+            "on, or fit again"
         )

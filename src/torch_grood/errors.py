@@ -6,7 +6,16 @@ exits with status 1; anything that is not a `GroodError` is a defect of ours and
 
 from __future__ import annotations
 
-__all__ = ["FormatError", "GroodError", "MissingDependencyError", "ModelMismatchError", "NotFittedError"]
+__all__ = [
+    "AlteredFileError",
+    "FormatError",
+    "GroodError",
+    "MissingDependencyError",
+    "ModelMismatchError",
+    "NewerFormatError",
+    "NotFittedError",
+    "TruncatedFileError",
+]
 
 
 class GroodError(ValueError):
@@ -18,7 +27,19 @@ class NotFittedError(GroodError):
 
 
 class FormatError(GroodError):
-    """A detector file is truncated, altered, of a newer format, or no detector file at all."""
+    """A file is no detector file, or one that cannot be read; its subclasses tell why."""
+
+
+class NewerFormatError(FormatError):
+    """A detector file was written by a newer version of the library."""
+
+
+class TruncatedFileError(FormatError):
+    """The end of a detector file is missing."""
+
+
+class AlteredFileError(FormatError):
+    """A detector file differs from what was written, or says what no fit can have written."""
 
 
 class ModelMismatchError(GroodError):

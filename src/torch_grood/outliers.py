@@ -46,6 +46,7 @@ __all__ = [
 _LEAST_MIXED, _MOST_MIXED = 100, 1000
 # Larger images are folded to this many numbers before they are hashed, which is the slow part.
 _FOLD = 2048
+_WORD = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -308,40 +309,78 @@ class SampleReservoir:
     def __init__(self, n: int, seed: int) -> None:
         self.size = n
         self._key = seed.to_bytes(8, "little", signed=True)
-        self._heap: list[tuple[int, int, Tensor, int]] = []
+        # Of an image that can be read again, its position stands for it.
+        self._heap: list[tuple[int, int, Tensor | int, int]] = []
         self._count = 0
 
     def offer(self, images: Tensor, runner_up: Tensor) -> None:
         """Offer a batch of images (n, ...) with their runner-up classes (n,)."""
-        if self.size == 0:
-            return
-        for image, priority, partner in zip(images, _priorities(images, self._key), runner_up.tolist(), strict=True):
+        if self.size:
+            self._offer(_priorities(images, self._key), lambda i: images[i].detach().cpu().clone(), runner_up)
+
+    def offer_positions(self, priorities: Tensor, positions: Tensor, runner_up: Tensor) -> None:
+        """Offer images that are not at hand, by `priorities` (n,) and positions (n,); `samples` reads what it needs."""
+        if self.size:
+            where = positions.tolist()
+            self._offer((number & _WORD for number in priorities.tolist()), where.__getitem__, runner_up)
+
+    def priorities(self, images: Tensor) -> Tensor:
+        """Of images (n, ...), int64 (n,): a number below 2^64 as its 64 bits."""
+        numbers = [number - 2**64 * (number >> 63) for number in _priorities(images, self._key)]
+        return torch.tensor(numbers, dtype=torch.int64)
+
+    def _offer(self, priorities: Iterable[int], image: Callable[[int], Tensor | int], runner_up: Tensor) -> None:
+        for i, (priority, partner) in enumerate(zip(priorities, runner_up.tolist(), strict=True)):
             # A heap of the negated priorities has the sample to be replaced next on top.
             entry = -priority
             self._count += 1
             if len(self._heap) < self.size:
-                heapq.heappush(self._heap, (entry, self._count, image.detach().cpu().clone(), partner))
+                heapq.heappush(self._heap, (entry, self._count, image(i), partner))
             elif entry > self._heap[0][0]:
-                heapq.heapreplace(self._heap, (entry, self._count, image.detach().cpu().clone(), partner))
+                heapq.heapreplace(self._heap, (entry, self._count, image(i), partner))
 
-    def samples(self, most: int | None = None) -> TrainingSamples | None:
+    def samples(
+        self, most: int | None = None, read: Callable[[list[int]], list[Tensor]] | None = None
+    ) -> TrainingSamples | None:
         """The sample, or a sample of at most `most`, in an order that depends on content and seed alone.
 
         None if none was asked for or offered.
 
+        Args:
+            most: samples to give at most.
+            read: gives the images at some positions, if they were offered so.
+
         Raises:
-            GroodError: if the images have several sizes.
+            GroodError: if the images have several sizes, or one is another than when it was offered.
         """
         if not self._heap:
             return None
         entries = sorted(self._heap, key=lambda entry: (-entry[0], entry[1]))[:most]
-        shapes = sorted({tuple(entry[2].shape) for entry in entries})
+        images = self._images(entries, read)
+        shapes = sorted({tuple(image.shape) for image in images})
         if len(shapes) > 1:
             raise GroodError(
                 f"the training images have several sizes, {shapes[0]} and {shapes[1]} for example, and are to be "
                 "mixed; give the transform a crop"
             )
-        return TrainingSamples(torch.stack([e[2] for e in entries]), torch.tensor([e[3] for e in entries]))
+        return TrainingSamples(torch.stack(images), torch.tensor([e[3] for e in entries]))
+
+    def _images(
+        self, entries: list[tuple[int, int, Tensor | int, int]], read: Callable[[list[int]], list[Tensor]] | None
+    ) -> list[Tensor]:
+        positions = [image for _, _, image, _ in entries if isinstance(image, int)]
+        if not positions:
+            return [image for _, _, image, _ in entries if isinstance(image, Tensor)]
+        assert read is not None
+        assert len(positions) == len(entries)
+        images = read(positions)
+        for (entry, _, position, _), image in zip(entries, images, strict=True):
+            if next(_priorities(image[None], self._key)) != -entry:
+                raise GroodError(
+                    f"training image {position} is another one than when its features were kept, though its file has "
+                    "the same size and time; use another cache folder"
+                )
+        return images
 
 
 def content_keys(samples: Tensor, seed: int) -> Tensor:

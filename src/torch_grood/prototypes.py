@@ -110,6 +110,19 @@ class ClassPrototypes:
             self._sums += other._sums.to(self._sums.device)
         self.counts += other.counts
 
+    def sums_of(self, rows: Tensor) -> Tensor:
+        """A copy of the sums of some classes on the CPU, float64 (k, ...), for `restore`."""
+        if self._sums is None:
+            raise GroodError("no sample was added yet, so there are no sums")
+        return self._sums[rows.to(self._sums.device)].cpu()
+
+    def restore(self, rows: Tensor, sums: Tensor, device: torch.device) -> None:
+        """Set the sums of some classes to what `sums_of` gave, on the device of the activations; not the counts."""
+        if self._sums is None:
+            on = torch.device("cpu") if device.type == "mps" else device
+            self._sums = torch.zeros(len(self.classes), *sums.shape[1:], dtype=torch.float64, device=on)
+        self._sums[rows.to(self._sums.device)] = sums.to(self._sums.device)
+
     @property
     def sample_size(self) -> int:
         """Numbers in one activation; 0 before the first."""

@@ -18,6 +18,7 @@ from torch_grood.neighbors import GradientIndex, GradientSearcher, StoreOptions,
 from torch_grood.neighbors.store import StoreWriter
 from torch_grood.outliers import OutlierSource
 from torch_grood.prototypes import ClassPrototypes
+from torch_grood.provenance import TrainingRecord
 
 __all__ = ["GRADIENT_ROWS", "FitInfo", "FittedState", "build_state", "with_added", "with_removed"]
 
@@ -43,7 +44,6 @@ class FitInfo:
         image_shape: shape of one training image, () in features-only use or for several sizes.
         head: module whose input is the penultimate feature.
         early_layer: module whose output was mixed.
-        seconds: duration of the fit.
         n_correct: correctly classified training samples, which a subset was chosen from; 0 in a file of format 1.
         subset: name and arguments of the subset that is stored; None: all.
         covering_radius: ε: no gradient that the subset left out is farther from a stored one, so that no score is more
@@ -66,7 +66,6 @@ class FitInfo:
     image_shape: tuple[int, ...] = ()
     head: str | None = None
     early_layer: str | None = None
-    seconds: float = 0.0
     n_correct: int = 0
     subset: dict[str, Any] | None = None
     covering_radius: float | None = None
@@ -94,6 +93,7 @@ class FittedState:
         sample_ids: position in the training set of each stored gradient, int64 (N,).
         fingerprint: of the model, None in features-only use.
         info: see `FitInfo`.
+        training: what is remembered of the training samples; None in a file of format 1 or 2.
     """
 
     classes: tuple[int | str, ...]
@@ -105,6 +105,7 @@ class FittedState:
     sample_ids: Tensor
     fingerprint: ModelFingerprint | None
     info: FitInfo
+    training: TrainingRecord | None = None
     gradient_field: GradientField = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -213,6 +214,7 @@ def with_added(
     n_used: int,
     n_left_out: int,
     store: StoreOptions,
+    record: TrainingRecord,
 ) -> FittedState:
     """`state` with the gradients of more training samples; its prototypes stay.
 
@@ -224,6 +226,7 @@ def with_added(
         n_used: samples of classes that take part, right or wrong.
         n_left_out: samples of other classes.
         store: where the stored gradients go.
+        record: of all samples that came.
     """
     searcher = state.searcher.with_added(gradients, store, seed=seed)
     info = replace(
@@ -234,11 +237,19 @@ def with_added(
         n_added=state.info.n_added + n_used,
         rounding_radius=math.exp(searcher.gradients.log_rounding),
     )
-    return replace(state, searcher=searcher, sample_ids=torch.cat([state.sample_ids, sample_ids]), info=info)
+    return replace(
+        state,
+        searcher=searcher,
+        sample_ids=torch.cat([state.sample_ids, sample_ids]),
+        info=info,
+        training=None if state.training is None else state.training.extended(record),
+    )
 
 
 def with_removed(state: FittedState, seed: int, sample_ids: Tensor, store: StoreOptions) -> FittedState:
-    """`state` without the stored gradients of some training samples; its prototypes stay."""
+    """`state` without what is stored of some training samples; its prototypes stay."""
+    if state.training is not None:
+        state = replace(state, training=state.training.without(sample_ids))
     kept = (~torch.isin(state.sample_ids, sample_ids)).nonzero().flatten()
     n_removed = len(state.sample_ids) - len(kept)
     if len(kept) == 0:

@@ -1,23 +1,22 @@
 """One safe file for a fitted detector: safetensors for the numbers, JSON for the rest. Nothing in it can be executed.
 
-A reader needs no more than the safetensors format: the JSON lies in its header under the key "torch-grood". Tensors:
+`docs/format.md` specifies the file, and `torch_grood.container` how its bytes are checked. Tensors:
 
     class_prototypes  float64 (C, d)     ood_prototype   float64 (d,)      class_ids  int64 (C,)
-    log_magnitude     float64 (N,)       direction       float32 (N, d)    sample_ids int64 (N,)
-    calibration       float64 (n,)       log scores of held-out ID samples, ascending; absent before `calibrate`
+    log_magnitude     float64 (N,)       sample_ids      int64 (N,)        zero_rows  int64 (z,)
+    direction         float32 (N, d), or float16 or int8 with direction_scale float32 (N,)
+    training_hashes   int64 (n,)         training_names  uint8 (m,)        training_name_ends  int64 (n,)
+    calibration       float64 (n,)       calibration_groups  int64 (n,)
+    index.*           what an index learned: `neighbors.faiss_state`, `neighbors.filter`
 
-    index.*           what an index of faiss learned, see `neighbors.faiss_state`
-
-A gradient is exp(log_magnitude) · direction. Format 2 adds directions as float16 or int8 codes, which times the row's
-direction_scale, float32 (N,), are the direction. faiss never reads a file: its index is put together from tensors that
-were checked, and its codes are made anew from the gradients; a kind of index that has no such tensors, and one of
-format 1, is built again from the seed. A file is written whole under another name and then renamed.
+faiss never reads a file: its index is put together from tensors that were checked, and its codes are made anew from the
+gradients; a kind of index that has no such tensors, and one of format 1, is built again from the seed.
 """
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import UnionType
@@ -26,8 +25,9 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from torch_grood._files import replacing
-from torch_grood.errors import FormatError, GroodError
+from torch_grood import container
+from torch_grood.container import BLOCK, Guard
+from torch_grood.errors import AlteredFileError, FormatError, GroodError
 from torch_grood.features import ModelFingerprint
 from torch_grood.neighbors import (
     ExactIndex,
@@ -40,6 +40,7 @@ from torch_grood.neighbors import (
 )
 from torch_grood.neighbors.subset import make_subset
 from torch_grood.outliers import OutlierSource, outlier_source
+from torch_grood.provenance import CalibrationRecord, Names, TrainingRecord
 from torch_grood.state import FitInfo, FittedState
 from torch_grood.threshold import ConformalThreshold
 
@@ -48,11 +49,16 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT_VERSION", "StoredDetector", "load", "save"]
 
-FORMAT_VERSION = 2
-_KEY = "torch-grood"
+FORMAT_VERSION = 3
+# The first version that lists its zero rows.
+_LISTS_ZERO_ROWS = 3
+# The first version that keeps what an index learned.
+_KEEPS_STATES = 2
 # Rounding of the components to float32 is less, and exact search allows for more.
 _UNIT = 4e-7
 _DIRECTIONS = (torch.float32, torch.float16, torch.int8)
+# Of a large file, these are checked when they are used.
+_LAZY = ("direction", "training_hashes", "training_names", "training_name_ends")
 _TENSORS: dict[str, tuple[torch.dtype, int]] = {
     "class_prototypes": (torch.float64, 2),
     "ood_prototype": (torch.float64, 1),
@@ -68,6 +74,7 @@ class StoredDetector:
 
     state: FittedState
     threshold: ConformalThreshold | None
+    calibration: CalibrationRecord | None
     outliers: OutlierSource
     index: GradientIndex
     subset: Subset | None
@@ -82,15 +89,13 @@ def save(path: Path, detector: GROOD, state: FittedState) -> None:
         GroodError: if the folder cannot be written to, the metadata are not JSON, or the index is of a kind that no
             file may ask for.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     import torch_grood
 
     index, store, quality = state.index, state.searcher.gradients, state.searcher.quality
     index_tensors = state.searcher.tensors()
     if isinstance(index, FaissIndex):
         index.check_storable(store, index_tensors)
+    threshold, calibration, training = detector.threshold_, detector.calibration_, state.training
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "library_version": torch_grood.__version__,
@@ -101,7 +106,9 @@ def save(path: Path, detector: GROOD, state: FittedState) -> None:
         "seed": detector.seed,
         "fingerprint": None if state.fingerprint is None else asdict(state.fingerprint),
         "fit": asdict(state.info),
-        "fpr": None if detector.threshold_ is None else detector.threshold_.fpr,
+        "training": None if training is None else {"n": len(training.hashes), "digest": training.digest()},
+        "calibration": None if calibration is None else asdict(calibration),
+        "fpr": None if threshold is None else threshold.fpr,
         "metadata": detector.metadata,
     }
     tensors: dict[str, Tensor] = {
@@ -110,61 +117,42 @@ def save(path: Path, detector: GROOD, state: FittedState) -> None:
         "class_ids": state.class_ids,
         "log_magnitude": store.log_magnitude,
         "direction": store.codes,
+        "zero_rows": store.zero_rows(),
         "sample_ids": state.sample_ids,
         **index_tensors,
     }
     if store.scale is not None:
         tensors["direction_scale"] = store.scale
-    if detector.threshold_ is not None:
-        tensors["calibration"] = detector.threshold_.log_scores
-    try:
-        # ASCII: a file name that is no Unicode has a lone surrogate in Python, which UTF-8 cannot hold.
-        text = json.dumps(header, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise GroodError(f"the detector's metadata cannot be written as JSON: {error}") from None
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={_KEY: text})
-        except SafetensorError as error:
-            raise GroodError(f"cannot write {path}: {error}") from error
+    if threshold is not None:
+        tensors["calibration"] = threshold.log_scores
+        if threshold.groups is not None:
+            tensors["calibration_groups"] = threshold.groups
+    if training is not None:
+        training.check()
+        tensors["training_hashes"] = training.hashes
+        if training.names is not None:
+            training.names.check()
+            tensors |= {"training_names": training.names.text, "training_name_ends": training.names.ends}
+    container.write(path, header, tensors)
 
 
-def load(path: Path) -> StoredDetector:
+def load(path: Path, *, verify: bool = False) -> StoredDetector:
     """Read and check a file that `save` wrote; tensors are memory-mapped, nothing is executed.
 
-    Raises:
-        FormatError: if the file is truncated, altered, of a newer format, or no detector file.
-    """
-    from safetensors import SafetensorError, safe_open
+    Args:
+        path: the file.
+        verify: check all of a large file now; else its gradients are checked when they are first used.
 
-    if not path.is_file():
-        raise FormatError(f"{path} is no regular file" if path.exists() else f"there is no detector file {path}")
+    Raises:
+        FormatError: NewerFormatError, TruncatedFileError or AlteredFileError, or if it is no detector file.
+    """
+    found = container.read(path, FORMAT_VERSION, lazy=() if verify else _LAZY)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if _KEY not in metadata:
-                raise FormatError(f"{path} is a safetensors file, but no detector of torch-grood")
-            header = json.loads(metadata[_KEY])
-            version = header.get("format_version") if isinstance(header, dict) else None
-            if type(version) is not int or version < 1:
-                raise FormatError(f"{path} does not tell the version of its format; it was altered")
-            if version > FORMAT_VERSION:
-                raise FormatError(
-                    f"{path} has format {version}, written by torch-grood {header.get('library_version')}; this "
-                    f"version reads up to {FORMAT_VERSION}. Install a newer torch-grood."
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise FormatError(f"{path} is no detector file, or is truncated or altered: {error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
-        raise FormatError(f"{path} cannot be read as a detector: {error}") from None
-    try:
-        return _restore(header, _checked(tensors))
+        return _restore(found.header, _checked(found.tensors), found.guards)
     except FormatError as error:
-        raise FormatError(f"{path}: {error}") from None
-    except (GroodError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise FormatError(f"{path} was altered: {error!r}") from None
+        raise AlteredFileError(f"{path}: {error}") from None
+    except (GroodError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise AlteredFileError(f"{path} was altered: {error!r}") from None
 
 
 def _checked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -174,22 +162,73 @@ def _checked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             raise FormatError(f"the tensor {name!r} is missing; the file was altered")
         if tensors[name].dtype != dtype or tensors[name].ndim != ndim:
             raise FormatError(f"the tensor {name!r} is {tensors[name].dtype} {tuple(tensors[name].shape)}; altered")
-        if tensors[name].is_floating_point() and not bool(tensors[name].isfinite().all()):
+        # NaN is the least and the greatest of all; `isfinite` would take as much memory as the tensor.
+        values = tensors[name]
+        if values.is_floating_point() and values.numel() and not all(bool(end.isfinite()) for end in values.aminmax()):
             raise FormatError(f"the tensor {name!r} holds NaN or infinity; the file was altered")
     n_classes, d = tensors["class_prototypes"].shape
     n = len(tensors["log_magnitude"])
     shapes = [tuple(tensors[name].shape) for name in _TENSORS]
-    if shapes != [(n_classes, d), (d,), (n_classes,), (n,), (n,)] or n == 0:
+    if shapes != [(n_classes, d), (d,), (n_classes,), (n,), (n,)] or n == 0 or d == 0:
         raise FormatError(f"the shapes of the tensors do not fit together: {dict(zip(_TENSORS, shapes, strict=True))}")
-    calibration = tensors.get("calibration")
-    if calibration is not None and (
-        calibration.dtype != torch.float64 or calibration.ndim != 1 or bool((calibration.diff() < 0).any())
-    ):
-        raise FormatError("the calibration scores are not in ascending order; the file was altered")
     return tensors
 
 
-def _store(tensors: dict[str, Tensor], rounding_radius: float) -> GradientStore:
+def _integers(tensors: Mapping[str, Tensor], name: str, length: int | None = None) -> Tensor | None:
+    """A tensor of whole numbers (n,), if it is there."""
+    found = tensors.get(name)
+    if found is None:
+        return None
+    if found.dtype != torch.int64 or found.ndim != 1 or (length is not None and len(found) != length):
+        raise FormatError(f"the tensor {name!r} is {found.dtype} {tuple(found.shape)}; the file was altered")
+    return found
+
+
+class _RowGuard:
+    """Checks the gradients of a file row by row, when they are first used: their bytes, and that they are unit vectors.
+
+    Args:
+        store: the gradients, without a guard.
+        guard: of their codes; None: the bytes were checked.
+    """
+
+    def __init__(self, store: GradientStore, guard: Guard | None) -> None:
+        self._store, self._guard = store, guard
+        self._checked = torch.zeros(len(store), dtype=torch.bool)
+        self._zero = torch.zeros(len(store), dtype=torch.bool)
+        self._zero[store.zero_rows()] = True
+        self._row_bytes = store.dim * store.codes.element_size()
+
+    def check(self, rows: Tensor | slice) -> None:
+        """See `RowGuard.check`."""
+        if bool(self._checked[rows].all()):
+            return
+        for part in self._store.chunks() if isinstance(rows, slice) else [rows]:
+            self._check(part)
+
+    def _check(self, rows: Tensor | slice) -> None:
+        if isinstance(rows, Tensor):
+            rows = torch.unique(rows[~self._checked[rows]])
+        if self._guard is not None:
+            self._guard.check_blocks(self._blocks(rows))
+        length = torch.linalg.vector_norm(self._store.directions(rows), dim=1, dtype=torch.float64)
+        if not bool(length.isfinite().all()):
+            raise AlteredFileError("the tensor 'direction' holds NaN or infinity; the file was altered")
+        fits = torch.where(self._zero[rows], length == 0, (length - 1).abs() < _UNIT)
+        if not bool(fits.all()):
+            raise AlteredFileError("the stored gradients are not ones that a fit gives; the file was altered")
+        self._checked[rows] = True
+
+    def _blocks(self, rows: Tensor | slice) -> Iterable[int]:
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(len(self._store))
+            return range(start * self._row_bytes // BLOCK, -(-stop * self._row_bytes // BLOCK))
+        first, last = rows * self._row_bytes // BLOCK, ((rows + 1) * self._row_bytes - 1) // BLOCK
+        widest = int((last - first).max()) + 1 if len(rows) else 0
+        return {block for i in range(widest) for block in (first + i).clamp(max=last).tolist()}
+
+
+def _store(tensors: dict[str, Tensor], rounding_radius: float, version: int, guard: Guard | None) -> GradientStore:
     """The stored gradients, if they are ones that a fit gives."""
     direction, scale = tensors.get("direction"), tensors.get("direction_scale")
     n, d = len(tensors["log_magnitude"]), tensors["class_prototypes"].shape[1]
@@ -201,19 +240,68 @@ def _store(tensors: dict[str, Tensor], rounding_radius: float) -> GradientStore:
         scale is not None and (scale.dtype != torch.float32 or scale.shape != (n,))
     ):
         raise FormatError("the tensor 'direction_scale' does not fit the directions; the file was altered")
-    if bool((tensors["log_magnitude"] > 0).any()) or not 0 <= rounding_radius < math.inf:
-        raise FormatError("the gradients are not ones that a fit gives; the file was altered")
-    log_rounding = math.log(rounding_radius) if rounding_radius else -math.inf
-    store = GradientStore(tensors["log_magnitude"], direction, scale, log_rounding)
     if scale is not None and not bool((scale >= 0).all()):
         raise FormatError("the tensor 'direction_scale' is negative or NaN; the file was altered")
-    for rows in store.chunks():
-        length = torch.linalg.vector_norm(store.directions(rows), dim=1, dtype=torch.float64)
-        if not bool(length.isfinite().all()):
-            raise FormatError("the tensor 'direction' holds NaN or infinity; the file was altered")
-        if not bool((((length - 1).abs() < _UNIT) | (length == 0)).all()):
-            raise FormatError("the gradients are not ones that a fit gives; the file was altered")
-    return store
+    if bool((tensors["log_magnitude"] > 0).any()) or not 0 <= rounding_radius < math.inf:
+        raise FormatError("the gradients are not ones that a fit gives; the file was altered")
+    zero_rows = _integers(tensors, "zero_rows")
+    if zero_rows is not None and len(zero_rows) and not 0 <= int(zero_rows.min()) <= int(zero_rows.max()) < n:
+        raise FormatError(f"a zero row is none of the {n:,} rows; the file was altered")
+    if (zero_rows is None) != (version < _LISTS_ZERO_ROWS):
+        raise FormatError("the tensor 'zero_rows' does not fit the format; the file was altered")
+    log_rounding = math.log(rounding_radius) if rounding_radius else -math.inf
+    store = GradientStore(tensors["log_magnitude"], direction, scale, log_rounding, zero_rows)
+    rows = _RowGuard(store, guard)
+    if guard is None:
+        rows.check(slice(None))
+        return store
+    return GradientStore(tensors["log_magnitude"], direction, scale, log_rounding, zero_rows, rows)
+
+
+def _training(stored: Any, tensors: dict[str, Tensor], n_read: int, guards: dict[str, Guard]) -> TrainingRecord | None:
+    """What the file tells of the training set."""
+    hashes, text = _integers(tensors, "training_hashes", n_read), tensors.get("training_names")
+    ends = _integers(tensors, "training_name_ends", n_read)
+    unfitting = (stored is None) != (hashes is None) or (text is None) != (ends is None)
+    if unfitting or (hashes is None and ends is not None):
+        raise FormatError("what it says of the training set does not fit its tensors; the file was altered")
+    if hashes is None:
+        return None
+    guard = guards.get("training_hashes")
+    if text is None or ends is None:
+        return TrainingRecord(hashes, guard=guard)
+    if text.dtype != torch.uint8 or text.ndim != 1:
+        raise FormatError("the names of the training samples are of a wrong type; the file was altered")
+    names = [guards[name] for name in ("training_names", "training_name_ends") if name in guards]
+    return TrainingRecord(hashes, Names(text, ends, (names[0], names[1]) if names else None), guard)
+
+
+def _threshold(header: dict[str, Any], tensors: dict[str, Tensor], n_classes: int) -> ConformalThreshold | None:
+    scores, groups = tensors.get("calibration"), tensors.get("calibration_groups")
+    if (header["fpr"] is None) != (scores is None):
+        raise FormatError("the calibration scores are missing, or there is no fpr; the file was altered")
+    if scores is None:
+        return None
+    # No distance of two gradients is greater than 2.
+    if scores.dtype != torch.float64 or scores.ndim != 1 or len(scores) == 0 or bool((scores > 1).any()):
+        raise FormatError("the calibration scores are of a wrong type; the file was altered")
+    groups = _integers(tensors, "calibration_groups", len(scores))
+    if groups is not None and not 0 <= int(groups.min()) <= int(groups.max()) < n_classes:
+        raise FormatError("a calibration score has no class; the file was altered")
+    threshold = ConformalThreshold.fit(scores, header["fpr"], groups)
+    if not torch.equal(threshold.log_scores, scores):
+        raise FormatError("the calibration scores are not in ascending order; the file was altered")
+    return threshold
+
+
+def _calibration(stored: Any, threshold: ConformalThreshold | None) -> CalibrationRecord | None:
+    if stored is None:
+        return None
+    record = CalibrationRecord(**stored)
+    numbers_fit = all(type(number) is int and number >= 0 for number in (record.n, record.n_left_out))
+    if threshold is None or not numbers_fit or record.n != threshold.n or not isinstance(record.digest, str):
+        raise FormatError(f"the calibration is {stored!r}; the file was altered")
+    return record
 
 
 def _fit_info(stored: dict[str, Any]) -> FitInfo:
@@ -224,12 +312,19 @@ def _fit_info(stored: dict[str, Any]) -> FitInfo:
         if name not in types:
             continue
         if name == "image_shape":
-            value = tuple(value)
+            value = tuple(value) if isinstance(value, list) else value
+            if not isinstance(value, tuple) or any(type(size) is not int or size < 0 for size in value):
+                raise FormatError(f"the shape of the training images is {value!r:.100}; the file was altered")
         hint = types[name]
         # `tuple[int, ...]` is checked as a tuple, `float | None` as either.
         allowed = [get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else [hint])]
         if type(value) not in allowed and not (type(value) is int and float in allowed):
             raise FormatError(f"{name} of the fit is {value!r}; the file was altered")
+        if type(value) in (int, float):
+            most = 1 if name.endswith("_accuracy") else math.inf if type(value) is float else 2**62
+            if not 0 <= value <= most or value == math.inf:
+                raise FormatError(f"{name} of the fit is {value!r}; the file was altered")
+            value = float(value) if hint is not int else value
         found[name] = value
     return FitInfo(**found)
 
@@ -246,15 +341,18 @@ def _index(stored: dict[str, Any]) -> GradientIndex:
 
 
 def _searcher(
-    index: GradientIndex, store: GradientStore, tensors: dict[str, Tensor], seed: int, quality: Any
+    index: GradientIndex, store: GradientStore, tensors: dict[str, Tensor], seed: int, header: dict[str, Any]
 ) -> GradientSearcher:
     """The index over the stored gradients, put together from its tensors and never by faiss from bytes."""
     own = {name: tensor for name, tensor in tensors.items() if name.startswith("index.")}
+    quality = header.get("quality")
     if isinstance(index, FaissIndex):
+        if not own and header["format_version"] >= _KEEPS_STATES:
+            index.check_rebuilt(store)
         return index.restore(store, own, seed=seed, quality=_quality(quality))
-    if own or quality is not None:
-        raise FormatError("exact search has neither tensors nor a quality; the file was altered")
-    return index.build(store, seed=seed)
+    if not isinstance(index, ExactIndex) or quality is not None:
+        raise FormatError("exact search has no quality; the file was altered")
+    return index.restore(store, own)
 
 
 def _quality(stored: Any) -> IndexQuality | None:
@@ -262,15 +360,20 @@ def _quality(stored: Any) -> IndexQuality | None:
     if stored is None:
         return None
     recall, inflation, n = stored["recall_at_1"], stored["score_inflation"], stored["n_queries"]
+    if type(n) is int and n > 2**62:
+        raise FormatError(f"the quality of the index is {stored!r}; the file was altered")
     numbers_fit = all(type(number) in (int, float) for number in (recall, inflation)) and type(n) is int
     if not numbers_fit or not (0 <= recall <= 1 and 1 <= inflation < math.inf and n >= 1):
         raise FormatError(f"the quality of the index is {stored!r}; the file was altered")
     return IndexQuality(float(recall), float(inflation), n)
 
 
-def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredDetector:
+def _restore(header: dict[str, Any], tensors: dict[str, Tensor], guards: dict[str, Guard]) -> StoredDetector:
     info = _fit_info(header["fit"])
-    store = _store(tensors, info.rounding_radius)
+    n_classes, d = tensors["class_prototypes"].shape
+    if (info.n_indexed, info.n_classes, info.n_features) != (len(tensors["log_magnitude"]), n_classes, d):
+        raise FormatError("the sizes of the fit are not those of the tensors; the file was altered")
+    store = _store(tensors, info.rounding_radius, header["format_version"], guards.get("direction"))
     names = header["classes"]
     if not isinstance(names, list) or any(type(name) not in (int, str) for name in names):
         raise FormatError("the classes are not a list of names; the file was altered")
@@ -283,6 +386,9 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredDetect
     seed = header["seed"]
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise FormatError(f"the seed is {seed!r}; the file was altered")
+    sample_ids = tensors["sample_ids"]
+    if not 0 <= int(sample_ids.min()) <= int(sample_ids.max()) < info.n_read:
+        raise FormatError(f"a sample is none of the {info.n_read:,} that were read; the file was altered")
     index = _index(header["index"])
     fingerprint = header["fingerprint"]
     state = FittedState(
@@ -291,15 +397,23 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredDetect
         class_prototypes=tensors["class_prototypes"],
         ood_prototype=tensors["ood_prototype"],
         index=index,
-        searcher=_searcher(index, store, tensors, seed, header.get("quality")),
-        sample_ids=tensors["sample_ids"],
+        searcher=_searcher(index, store, tensors, seed, header),
+        sample_ids=sample_ids,
         fingerprint=None if fingerprint is None else ModelFingerprint(**fingerprint),
         info=info,
+        training=_training(header.get("training"), tensors, info.n_read, guards),
     )
-    threshold = None
-    if header["fpr"] is not None:
-        threshold = ConformalThreshold.fit(tensors["calibration"], header["fpr"])
+    threshold = _threshold(header, tensors, len(classes))
     source = outlier_source(header["outliers"])
     if not isinstance(header["metadata"], dict):
         raise FormatError("the metadata are not a JSON object; the file was altered")
-    return StoredDetector(state, threshold, source, index, make_subset(info.subset), seed, header["metadata"])
+    return StoredDetector(
+        state=state,
+        threshold=threshold,
+        calibration=_calibration(header.get("calibration"), threshold),
+        outliers=source,
+        index=index,
+        subset=make_subset(info.subset),
+        seed=seed,
+        metadata=header["metadata"],
+    )

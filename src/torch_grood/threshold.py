@@ -8,91 +8,313 @@ and a sample is called OOD if p ≤ fpr. If the new sample is ID and exchangeabl
 P(p ≤ fpr) ≤ fpr, whatever the distribution (Vovk et al. 2005). The same rule as a threshold (Algorithm 2: ID if
 S(x) ≤ τ, else OOD): τ is the m-th largest held-out score, m = ⌊fpr·(n + 1)⌋. No rate below 1/(n + 1) can be promised.
 
+- **Groups** (Mondrian): each group, such as a predicted class, has its own scores, n, m and τ, and its own promise.
+- **This draw**: P(p ≤ fpr) is a mean over calibration sets. For continuous scores the false-alarm rate of one set,
+  P(S > τ | s_1 … s_n), has the law Beta(m, n + 1 − m) (Vovk 2012, "Conditional validity of inductive conformal
+  predictors"). Its quantiles are the limits of Clopper & Pearson (1934): the lower for m exceedances of n, the upper
+  for m − 1. With ties the rate can only be smaller.
+- **Many at once**: N samples tested at fpr make fpr·N false alarms, which may outnumber the outliers. Benjamini &
+  Hochberg's rule (1995) bounds the share of ID samples among those flagged instead.
+
 Everything works on log scores, which do not underflow; the order is the same.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torch_grood.errors import GroodError
 
-__all__ = ["ConformalThreshold"]
+__all__ = ["ConformalThreshold", "benjamini_hochberg", "least_rejections"]
+
+_NAMED = 5  # groups that an error names; the rest is counted
+_ROUNDING = 1 + 2**-50  # p = 1/1000 and fdr·k/N = 0.1·1/100 are equal, whichever way the quotients were rounded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConformalThreshold:
     """A decision rule with a promised false-alarm rate.
 
     Attributes:
-        log_scores: held-out ID scores, log S, ascending, float64 (n,).
+        log_scores: held-out ID scores, log S, float64 (n,), ascending; with groups: ascending within each group, the
+            groups one after another.
         fpr: the false-alarm rate promised: at most this share of exchangeable ID samples is called OOD.
+        groups: the group of each held-out score, int64 (n,), ascending; None: one group for all.
     """
 
     log_scores: Tensor
     fpr: float
+    groups: Tensor | None = None
 
     @classmethod
-    def fit(cls, log_scores: Tensor, fpr: float) -> ConformalThreshold:
+    def fit(
+        cls, log_scores: Tensor, fpr: float, groups: Tensor | None = None, *, describe: Callable[[int], str] = str
+    ) -> ConformalThreshold:
         """Make the rule from held-out ID scores.
 
         Args:
             log_scores: log S, (n,), in any order; -inf for S = 0.
-            fpr: in (0, 1), at least 1 / (n + 1).
+            fpr: in (0, 1), at least 1 / (n + 1) for the n of every group.
+            groups: whole numbers (n,): a threshold for each of them; None: one for all.
+            describe: names a group in an error.
 
         Raises:
-            GroodError: for no score, NaN, or an fpr that is not in (0, 1) or too small to be promised.
+            GroodError: for no score, NaN or +inf, or an fpr that is not in (0, 1) or too small to be promised.
         """
-        scores = log_scores.detach().double().cpu().flatten().sort().values
-        if not (isinstance(fpr, Real) and 0 < fpr < 1):
-            raise GroodError(f"fpr is the share of ID samples that may be flagged, between 0 and 1; got {fpr!r}")
+        scores = log_scores.detach().double().cpu().flatten()
         if len(scores) == 0:
             raise GroodError("there is no calibration sample; pass held-out in-distribution samples")
         if bool(scores.isnan().any()):
             raise GroodError("a calibration score is NaN; check the calibration images")
-        threshold = cls(scores, float(fpr))
-        if threshold._rank < 1:
-            needed = math.ceil(1 / fpr - 1e-9) - 1 if fpr > 1e-15 else 10**15
+        if bool(scores.isposinf().any()):
+            raise GroodError("a calibration score is infinite; check the calibration images")
+        order = scores.argsort()
+        if groups is not None:
+            groups = _as_groups(groups, len(scores))
+            order = order[groups[order].argsort(stable=True)]
+            groups = groups[order]
+        return cls(scores[order], math.nan, groups).at(fpr, describe=describe)
+
+    def at(self, fpr: float, *, describe: Callable[[int], str] = str) -> ConformalThreshold:
+        """Another operating point from the same scores; `describe` and errors as in `fit`."""
+        fpr = _rate(fpr, "fpr is the share of ID samples that may be flagged")
+        short = {group: len(scores) for group, scores in self._parts.items() if _rank(fpr, len(scores)) < 1}
+        if short and self.groups is None:
             raise GroodError(
-                f"a false-alarm rate of {fpr:g} cannot be promised from {len(scores)} calibration samples: the "
-                f"smallest possible is 1/(n + 1) = {1 / (len(scores) + 1):.4g}. "
-                f"Pass at least {needed} samples, or a larger fpr."
+                f"a false-alarm rate of {fpr:g} cannot be promised from {self.n} calibration samples: the smallest "
+                f"possible is 1/(n + 1) = {1 / (self.n + 1):.4g}. "
+                f"Pass at least {_needed(fpr)} samples, or a larger fpr."
             )
-        return threshold
+        if short:
+            named = [f"{describe(group)} ({n})" for group, n in list(short.items())[:_NAMED]]
+            more = f" and {len(short) - _NAMED} more" if len(short) > _NAMED else ""
+            raise GroodError(
+                f"a false-alarm rate of {fpr:g} needs at least {_needed(fpr)} calibration samples for each class; too "
+                f"few: {', '.join(named)}{more}. Pass more of them, a larger fpr, or use one threshold for all classes."
+            )
+        return replace(self, fpr=fpr)
 
     @property
     def n(self) -> int:
-        """Number of held-out samples."""
+        """Number of held-out samples, of all groups together."""
         return len(self.log_scores)
 
     @property
+    def group_ids(self) -> Tensor:
+        """The groups that the calibration knows, ascending int64 (G,); [0] without groups."""
+        return torch.tensor(list(self._parts))
+
+    @property
+    def log_taus(self) -> Tensor:
+        """Log τ of each of `group_ids`, float64 (G,)."""
+        return torch.stack([self._log_tau(scores) for scores in self._parts.values()])
+
+    @property
     def log_tau(self) -> float:
-        """Log τ: the m-th largest held-out score; a greater one is called OOD."""
-        return float(self.log_scores[self.n - self._rank])
+        """Log τ: the m-th largest held-out score; a greater one is called OOD.
+
+        Raises:
+            GroodError: with groups, which have one each.
+        """
+        self._need_one_group("log_taus")
+        return float(self.log_taus[0])
 
     @property
     def tau(self) -> float:
-        """τ in the paper's units (0 where it underflows; decisions are made on logarithms)."""
+        """τ in the paper's units (0 where it underflows; decisions are made on logarithms); errors as `log_tau`."""
         return math.exp(self.log_tau)
 
-    @property
-    def _rank(self) -> int:
-        """m: how many of the p-values 1/(n + 1), 2/(n + 1), … are at most fpr, as floating-point numbers."""
-        rank = math.floor(self.fpr * (self.n + 1))
-        # The product may round to either side of a whole number.
-        return next(m for m in (rank + 1, rank, rank - 1) if m / (self.n + 1) <= self.fpr)
+    def p_values(self, log_scores: Tensor, groups: Tensor | None = None) -> Tensor:
+        """p(s), float64 (n,); small for samples unlike the held-out ones of their group.
 
-    def p_values(self, log_scores: Tensor) -> Tensor:
-        """p(s), float64 (n,); small for samples unlike the held-out ones."""
-        scores = log_scores.detach().double().cpu()
-        at_least = self.n - torch.searchsorted(self.log_scores, scores, right=False)
-        return (1 + at_least).double() / (self.n + 1)
+        Args:
+            log_scores: log S, (n,).
+            groups: their groups, (n,), if and only if the threshold has groups. In a group without a held-out score
+                p = 1 / (0 + 1): nothing speaks against such a sample.
 
-    def is_ood(self, log_scores: Tensor) -> Tensor:
-        """S > τ, equivalently p ≤ fpr, bool (n,)."""
-        return log_scores.detach().double().cpu() > self.log_tau
+        Raises:
+            GroodError: for a NaN, or another shape.
+        """
+        scores = _as_scores(log_scores)
+        found = torch.ones_like(scores)
+        for rows, held_out in self._matched(groups, len(scores)):
+            at_least = len(held_out) - torch.searchsorted(held_out, scores[rows])
+            found[rows] = (1 + at_least).double() / (len(held_out) + 1)
+        return found
+
+    def is_ood(self, log_scores: Tensor, groups: Tensor | None = None) -> Tensor:
+        """S > τ, equivalently p ≤ fpr, bool (n,); arguments and errors as `p_values`."""
+        scores = _as_scores(log_scores)
+        found = torch.zeros(len(scores), dtype=torch.bool)
+        for rows, held_out in self._matched(groups, len(scores)):
+            found[rows] = scores[rows] > self._log_tau(held_out)
+        return found
+
+    def band(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Where the false-alarm rate of this very calibration lies with this confidence: two quantiles of its law.
+
+        Raises:
+            GroodError: with groups, which have one each; for a confidence that is not in (0, 1).
+        """
+        self._need_one_group("bands")
+        low, high = self.bands(confidence)[0].tolist()
+        return low, high
+
+    def bands(self, confidence: float = 0.95) -> Tensor:
+        """`band` of each of `group_ids`, each with this confidence by itself, float64 (G, 2)."""
+        confidence = _rate(confidence, "confidence is the share of calibrations whose band holds the true rate")
+        sizes = [len(scores) for scores in self._parts.values()]
+        found = {n: _beta_interval(_rank(self.fpr, n), n, confidence) for n in set(sizes)}
+        return torch.tensor([found[n] for n in sizes], dtype=torch.float64)
+
+    @cached_property
+    def _parts(self) -> dict[int, Tensor]:
+        """The held-out scores of each group, ascending."""
+        if self.groups is None:
+            return {0: self.log_scores}
+        ids, counts = torch.unique_consecutive(self.groups, return_counts=True)
+        return dict(zip(ids.tolist(), torch.split(self.log_scores, counts.tolist()), strict=True))
+
+    def _matched(self, groups: Tensor | None, n: int) -> Iterator[tuple[Tensor | slice, Tensor]]:
+        """Which of n samples belong to which held-out scores; those of unknown groups belong to none."""
+        if (groups is None) != (self.groups is None):
+            given, expected = ("none", "one for each sample") if groups is None else ("some", "none")
+            raise GroodError(f"groups must be given as they were at calibration: expected {expected}, got {given}")
+        if groups is None:
+            yield slice(None), self.log_scores
+            return
+        groups = _as_groups(groups, n)
+        for group in torch.unique(groups).tolist():
+            if group in self._parts:
+                yield groups == group, self._parts[group]
+
+    def _log_tau(self, held_out: Tensor) -> Tensor:
+        return held_out[len(held_out) - _rank(self.fpr, len(held_out))]
+
+    def _need_one_group(self, instead: str) -> None:
+        if self.groups is not None:
+            raise GroodError(f"this threshold has {len(self._parts)} groups, not one; use {instead}")
+
+
+def benjamini_hochberg(p_values: Tensor, fdr: float) -> Tensor:
+    """Which samples to call OOD such that, in expectation, at most `fdr` of them are ID.
+
+    All p ≤ p_(k) are flagged, with the largest k such that the k-th smallest p-value p_(k) ≤ fdr·k/N. The p-values
+    may share one calibration set: they depend on each other positively, and the bound holds (Bates, Candès, Lei,
+    Romano, Sesia 2023, "Testing for outliers with conformal p-values", Annals of Statistics 51).
+
+    Args:
+        p_values: (N,), in [0, 1]; all that are tested together, not a selection by their values.
+        fdr: false discovery rate, in (0, 1).
+
+    Returns:
+        bool (N,).
+
+    Raises:
+        GroodError: for NaN, p-values outside [0, 1], another shape, or an fdr that is not in (0, 1).
+    """
+    fdr = _rate(fdr, "fdr is the share of the flagged samples that may be ID")
+    p = p_values.detach().double().cpu()
+    if p.dim() != 1:
+        raise GroodError(f"p-values must have the shape (n,), got {tuple(p.shape)}")
+    if not bool(((p >= 0) & (p <= 1)).all()):
+        raise GroodError("p-values must be between 0 and 1, and not NaN; pass those of predict, not scores")
+    ordered, counts = p.sort().values, torch.arange(1, len(p) + 1, dtype=torch.float64)
+    passed = ordered[ordered <= counts * (fdr * _ROUNDING / max(len(p), 1))]
+    return p <= passed[-1] if len(passed) else torch.zeros(len(p), dtype=torch.bool)
+
+
+def least_rejections(n_calibration: int, n_tested: int, fdr: float) -> int:
+    """The fewest samples that `benjamini_hochberg` can flag if it flags any.
+
+    k samples are flagged if p_(k) ≤ fdr·k/N, and no p-value is below 1/(n + 1). More than `n_tested`: nothing can be
+    flagged, whatever the scores; a larger calibration set mends it.
+
+    Raises:
+        GroodError: for no calibration sample, a negative `n_tested`, or an fdr that is not in (0, 1).
+    """
+    fdr = _rate(fdr, "fdr is the share of the flagged samples that may be ID")
+    if n_calibration < 1 or n_tested < 0:
+        raise GroodError(f"expected n_calibration ≥ 1 and n_tested ≥ 0, got {n_calibration} and {n_tested}")
+    if n_tested == 0:
+        return 0
+    smallest, slope = 1 / (n_calibration + 1), fdr * _ROUNDING / n_tested
+    guess = math.ceil(smallest / slope)
+    return next(k for k in (guess - 1, guess, guess + 1) if smallest <= slope * k)
+
+
+def _rank(fpr: float, n: int) -> int:
+    """m: how many of the p-values 1/(n + 1), 2/(n + 1), … are at most fpr, as floating-point numbers."""
+    rank = math.floor(fpr * (n + 1))
+    # The product may round to either side of a whole number.
+    return next(m for m in (rank + 1, rank, rank - 1) if m / (n + 1) <= fpr)
+
+
+def _needed(fpr: float) -> int:
+    """The least n with 1/(n + 1) ≤ fpr; where that is beyond any data set, such a number."""
+    fpr = max(fpr, 1e-15)
+    guess = max(math.floor(1 / fpr) - 2, 1)
+    return next(n for n in range(guess, guess + 5) if 1 / (n + 1) <= fpr)
+
+
+def _beta_interval(rank: int, n: int, confidence: float) -> tuple[float, float]:
+    """The quantiles (1 ∓ confidence)/2 of Beta(m, n + 1 - m), by bisection.
+
+    V of this law has P(V ≤ v) = P(K ≥ m) with K binomial (n, v). Near m, the probability of m + j is proportional to
+    exp(c_j + j·logit v); the odds of K ≥ m are a quotient of two sums of such terms, and rise with v wherever the sums
+    are cut. They are cut 40 standard deviations from m. Within 1e-12 of the true quantile for n up to a million.
+    """
+    reach = 20 * math.isqrt(n) + 40  # the deviation of K is at most √n / 2
+    low, high = max(rank - reach, 0), min(rank + reach, n)
+    centre = math.log(rank / (n + 1 - rank))  # about logit v, which keeps c_j small where it matters
+    below = np.arange(low, high, dtype=np.float64)
+    c = np.concatenate([[0.0], np.cumsum(np.log((n - below) / (below + 1)) + centre)])
+    c -= c[rank - low]
+    j = np.arange(low - rank, high - rank + 1, dtype=np.float64)
+
+    def quantile(odds: float) -> float:
+        left, right = 0.0, 1.0
+        for _ in range(52):
+            v = (left + right) / 2
+            exponent = c + j * (math.log(v) - math.log1p(-v) - centre)
+            terms = np.exp(exponent - exponent.max())
+            if terms[rank - low :].sum() < odds * terms[: rank - low].sum():
+                left = v
+            else:
+                right = v
+        return (left + right) / 2
+
+    odds = (1 - confidence) / (1 + confidence)
+    return quantile(odds), quantile(1 / odds)
+
+
+def _rate(value: float, meaning: str) -> float:
+    if not (isinstance(value, Real) and 0 < value < 1):
+        raise GroodError(f"{meaning}, between 0 and 1; got {value!r}")
+    return float(value)
+
+
+def _as_scores(log_scores: Tensor) -> Tensor:
+    scores = log_scores.detach().double().cpu().contiguous()  # searchsorted warns where it has to copy
+    if scores.dim() != 1:
+        raise GroodError(f"scores must have the shape (n,), got {tuple(scores.shape)}")
+    if bool(scores.isnan().any()):
+        raise GroodError("a score is NaN, of which nothing can be said; check the images")
+    return scores
+
+
+def _as_groups(groups: Tensor, n: int) -> Tensor:
+    groups = groups.detach().cpu()
+    if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
+        raise GroodError(f"groups are whole numbers, one for each sample; got {groups.dtype}")
+    if groups.shape != (n,):
+        raise GroodError(f"groups must have the shape ({n},), one for each score; got {tuple(groups.shape)}")
+    return groups.long()

@@ -8,24 +8,47 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torch_grood._batches import as_loader, split_batch
+from torch_grood._progress import Progress, track
 from torch_grood.errors import GroodError
-from torch_grood.features import FeatureExtractor
+from torch_grood.feature_store import FeatureStore
+from torch_grood.features import Extraction, FeatureExtractor
 from torch_grood.neighbors import StoreOptions, Subset
 from torch_grood.neighbors.store import Spool
 from torch_grood.outliers import OutlierSource, SampleReservoir, TrainingSamples, content_keys
 from torch_grood.prototypes import ClassPrototypes, as_labels
+from torch_grood.provenance import content_hashes
 from torch_grood.state import GRADIENT_ROWS
 
-__all__ = ["TrainingPass"]
+__all__ = ["Members", "TrainingPass", "shape_and_range"]
 
 _log = logging.getLogger("torch_grood")
+
+
+class Members(NamedTuple):
+    """The images of a batch that take part.
+
+    Attributes:
+        taking_part: bool (b,), of the images of the batch.
+        rows: rows of their classes among the prototypes, int64 (r,).
+        sample_ids: their positions in the training set as it is read, int64 (r,).
+    """
+
+    taking_part: Tensor
+    rows: Tensor
+    sample_ids: Tensor
+
+    def of(self, batch: Tensor) -> Tensor:
+        """Their part of a batch, (b, ...)."""
+        return batch if len(self.rows) == len(self.taking_part) else batch[self.taking_part.to(batch.device)]
 
 
 class TrainingPass:
@@ -41,17 +64,21 @@ class TrainingPass:
         store: StoreOptions = StoreOptions(),  # noqa: B008 (immutable)
         subset: Subset | None = None,
     ) -> None:
-        self._extractor = extractor
-        self._source = source
+        self.extractor = extractor
+        self.source = source
         self._dataset_classes = getattr(getattr(loader, "dataset", None), "classes", None)
         self._n_all = _length_of(loader)
         self._chosen = chosen
         self.reservoir = SampleReservoir(source.n_training_samples(self._n_all), seed)
         self._store = store
         self._subset = subset
-        self._seed = seed
+        self._probe: Extraction | None = None
+        self._said_memory = False
+        self.read_again: Callable[[list[int]], list[Tensor]] | None = None
+        self.seed = seed
         self.features = Spool(store)
         self.keys: list[Tensor] = []
+        self.hashes: list[Tensor] = []
         self.rows: list[Tensor] = []
         self.predictions: list[Tensor] = []
         self.sample_ids: list[Tensor] = []
@@ -61,43 +88,86 @@ class TrainingPass:
         self.channel_range: tuple[Tensor, Tensor] | None = None
         self.early_prototypes: ClassPrototypes | None = None
 
+    def run(self, loader: Iterable[Any], progress: Progress = None, store: FeatureStore | None = None) -> None:
+        """Take all batches of the loader; with a store, only what it does not have is computed."""
+        if store is not None:
+            from torch_grood.stored_pass import run_stored
+
+            run_stored(self, loader, store, progress)
+            return
+        for batch in track(as_loader(loader), progress, "fit"):
+            self.add(*split_batch(batch))
+
     def add(self, images: Tensor, labels: Any) -> None:
         """Run the model on one batch and take what is needed from it."""
         if len(images) == 0:
             return
-        if self.n_samples == 0:
-            self._extractor.resolve(images, early=self._source.uses_early_layer)
-            self._name_classes(self._extractor(images[:1]).logits.shape[1])
-        ids = self._labels(labels, len(images))
-        sample_ids = torch.arange(self.n_read, self.n_read + len(images))
-        self.n_read += len(images)
-        taking_part = self._row_of[ids] >= 0
-        if not bool(taking_part.all()):
-            self.n_left_out += int((~taking_part).sum())
-            images, ids, sample_ids = images[taking_part.to(images.device)], ids[taking_part], sample_ids[taking_part]
-            if len(images) == 0:
-                return
-        rows = self._row_of[ids]
-        early_prototypes = self.early_prototypes
-        observe = None if early_prototypes is None else (lambda early: early_prototypes.update(early, rows))
-        try:
-            found = self._extractor(images, observe)
-            features = found.features.cpu()
-            self.prototypes.update(features, rows)
-        except GroodError as error:
-            raise GroodError(f"in training samples {int(sample_ids[0])} to {int(sample_ids[-1])}: {error}") from None
+        if self._probe is None:
+            self.start(images[:1])
+        members = self.members(labels, len(images))
+        if len(members.rows) == 0:
+            return
+        images = members.of(images)
+        found = self.run_model(images, members, self.early_prototypes)
+        self.collect(members, found, content_hashes(images))
         if self.reservoir.size:
-            self.reservoir.offer(images, self._runner_up(found.logits))
+            self.reservoir.offer(images, self.runner_up(found.logits))
         if self._subset is not None:
-            self.keys.append(content_keys(images, self._seed))
-        self._measure_images(images)
-        self.n_features, self._feature_bytes = features.shape[1], features.element_size()
-        self.features.append(features)
-        self.rows.append(rows)
-        self.predictions.append(found.logits.argmax(1).cpu())
-        self.sample_ids.append(sample_ids)
-        self.n_samples += len(rows)
-        self.batch_size = max(self.batch_size, len(rows))
+            self.keys.append(content_keys(images, self.seed))
+        self.measure(*shape_and_range(images))
+        self.say_memory()
+
+    def start(self, sample: Tensor) -> Extraction:
+        """Find the layers and the classes by the first image of the training set, (1, ...).
+
+        Returns:
+            what the model says of it.
+        """
+        self.extractor.resolve(sample, early=self.source.uses_early_layer)
+        self._probe = self.extractor(sample)
+        self._name_classes(self._probe.logits.shape[1])
+        return self._probe
+
+    def members(self, labels: Any, n: int) -> Members:
+        """Who of the next n images takes part; each image is to be asked for once, in order."""
+        ids = self._labels(labels, n)
+        sample_ids = torch.arange(self.n_read, self.n_read + n)
+        taking_part = self._row_of[ids] >= 0
+        self.n_read += n
+        self.n_left_out += int((~taking_part).sum())
+        self.hashes.append(torch.zeros(n, dtype=torch.int64))
+        return Members(taking_part, self._row_of[ids][taking_part], sample_ids[taking_part])
+
+    def run_model(self, images: Tensor, members: Members, early_prototypes: ClassPrototypes | None) -> Extraction:
+        """Features and logits of the images that take part, on the CPU; early activations go to the prototypes."""
+        rows = members.rows
+        observe = None if early_prototypes is None else (lambda early: early_prototypes.update(early, rows))
+        with self._naming(members):
+            found = self.extractor(images, observe)
+        return Extraction(found.features.cpu(), found.logits.cpu())
+
+    def collect(self, members: Members, found: Extraction, hashes: Tensor) -> None:
+        """Take features, logits and content hashes of the images that take part in the batch of `members`."""
+        with self._naming(members):
+            self.prototypes.update(found.features, members.rows)
+        self.n_features, self._feature_bytes = found.features.shape[1], found.features.element_size()
+        self.hashes[-1][members.taking_part] = hashes
+        self.features.append(found.features)
+        self.rows.append(members.rows)
+        self.predictions.append(found.logits.argmax(1))
+        self.sample_ids.append(members.sample_ids)
+        self.n_samples += len(members.rows)
+        self.batch_size = max(self.batch_size, len(members.rows))
+
+    @staticmethod
+    @contextmanager
+    def _naming(members: Members) -> Iterator[None]:
+        """Errors tell which samples they are about."""
+        try:
+            yield
+        except GroodError as error:
+            first, last = int(members.sample_ids[0]), int(members.sample_ids[-1])
+            raise GroodError(f"in training samples {first} to {last}: {error}") from None
 
     def _name_classes(self, n_logits: int) -> None:
         names = self._dataset_classes
@@ -120,7 +190,7 @@ class TrainingPass:
         self._row_of[self.class_ids] = torch.arange(len(self.class_ids))
         names_in_use = [self.classes[i] for i in ids]
         self.prototypes = ClassPrototypes(names_in_use)
-        self.early_prototypes = ClassPrototypes(names_in_use) if self._source.uses_early_layer else None
+        self.early_prototypes = ClassPrototypes(names_in_use) if self.source.uses_early_layer else None
 
     def _class_id(self, name: int | str) -> int:
         if name in self.classes:
@@ -137,26 +207,59 @@ class TrainingPass:
         except GroodError as error:
             raise GroodError(f"in the batch after training sample {self.n_read}: {error}") from None
 
-    def _runner_up(self, logits: Tensor) -> Tensor:
+    def runner_up(self, logits: Tensor) -> Tensor:
         """Row of the second most likely class among those that take part."""
         if len(self.class_ids) < 2:
             return torch.zeros(len(logits), dtype=torch.int64)
-        return logits[:, self.class_ids.to(logits.device)].topk(2, dim=1).indices[:, 1].cpu()
+        return logits[:, self.class_ids].topk(2, dim=1).indices[:, 1]
 
-    def _measure_images(self, images: Tensor) -> None:
-        shape = tuple(images.shape[1:])
+    def measure(self, shape: tuple[int, ...], channel_range: tuple[Tensor, Tensor] | None) -> None:
+        """Take the shape of a batch's images, and the range of their channels."""
         self.one_size = self.one_size and shape == (self.image_shape or shape)
         self.image_shape = self.image_shape or shape
-        if images.is_floating_point() and self.one_size:
-            flat = images.detach().flatten(2) if images.ndim > 2 else images.detach()[:, :, None]
-            low, high = flat.amin((0, 2)).float().cpu(), flat.amax((0, 2)).float().cpu()
+        if channel_range is not None and self.one_size:
+            low, high = channel_range
             if self.channel_range is not None:
                 low, high = torch.minimum(low, self.channel_range[0]), torch.maximum(high, self.channel_range[1])
             self.channel_range = low, high
 
+    @property
+    def needs_content(self) -> bool:
+        """Whether something depends on the content of the images: what is mixed, or what a subset keeps."""
+        return self.reservoir.size > 0 or self._subset is not None
+
+    def take_content(self, content: Mapping[str, Tensor], positions: Tensor, logits: Tensor) -> None:
+        """Take the content numbers of images that take part, in place of the images, which `read_again` gives."""
+        if self.reservoir.size:
+            self.reservoir.offer_positions(content["priorities"], positions, self.runner_up(logits))
+        if self._subset is not None:
+            self.keys.append(content["keys"])
+
+    def left_out(self) -> list[int]:
+        """Labels of the classes that are left out."""
+        return (self._row_of < 0).nonzero().flatten().tolist()
+
+    def rows_of(self, labels: Tensor) -> Tensor:
+        """Rows of labels among the prototypes.
+
+        Raises:
+            GroodError: if a label is none of the classes that take part.
+        """
+        known = (labels >= 0) & (labels < len(self._row_of))
+        rows = self._row_of[labels.where(known, 0)].where(known, -1)
+        if bool((rows < 0).any()):
+            raise GroodError(f"label {int(labels[rows < 0][0])} is none of the {len(self.class_ids)} classes")
+        return rows
+
     def samples(self) -> TrainingSamples | None:
         """The training samples that the source asks for."""
-        return self.reservoir.samples(self._source.n_training_samples(self.n_samples))
+        return self.reservoir.samples(self.source.n_training_samples(self.n_samples), self.read_again)
+
+    def say_memory(self) -> None:
+        """Log once what will be kept."""
+        if not self._said_memory:
+            self._said_memory = True
+            _log.info("%s", self.memory_statement())
 
     def memory_statement(self) -> str:
         """What `fit` will keep, from its first batch."""
@@ -186,6 +289,15 @@ class TrainingPass:
         if installed is not None and total > installed:
             _log.warning("%s, but this machine has %s", statement, _megabytes(installed))
         return statement
+
+
+def shape_and_range(images: Tensor) -> tuple[tuple[int, ...], tuple[Tensor, Tensor] | None]:
+    """Shape of each of n ≥ 1 images; least and greatest value of each channel, if they are float images."""
+    shape = tuple(images.shape[1:])
+    if not images.is_floating_point():
+        return shape, None
+    flat = images.detach().flatten(2) if images.ndim > 2 else images.detach()[:, :, None]
+    return shape, (flat.amin((0, 2)).float().cpu(), flat.amax((0, 2)).float().cpu())
 
 
 def _megabytes(count: int) -> str:

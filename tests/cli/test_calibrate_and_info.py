@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,18 +23,50 @@ def test_calibrate_replaces_the_threshold(digits: Path) -> None:
     assert thresholds["other"] is not None
     assert (thresholds["net"].fpr, thresholds["other"].fpr) == (0.05, 0.1)
     assert thresholds["net"].log_scores.equal(thresholds["other"].log_scores)
-    assert found["net"].metadata == found["other"].metadata
+    assert found["net"].metadata | {"calibration": {"paths": ["val"]}} == found["other"].metadata
     assert run("calibrate", "net.grood", "val", *MODEL, "--fpr", "0.2", "--quiet").code == 0
     replaced = GROOD.load("net.grood").threshold_
     assert replaced is not None
     assert replaced.fpr == 0.2
 
 
-def test_calibrating_on_training_images_warns(digits: Path) -> None:
+def test_training_images_are_refused_or_left_out(digits: Path) -> None:
+    before = (digits / "net.grood").read_bytes()
     result = run("calibrate", "net.grood", "train", *MODEL)
+    assert result.code == 1
+    assert "351 of 351 calibration samples are training samples (" in result.err
+    assert "--drop-training" in result.err
+    assert (digits / "net.grood").read_bytes() == before
+    shutil.copytree("val", "mixed")
+    shutil.copy(next((digits / "train" / "zero").iterdir()), digits / "mixed" / "zero" / "seen.png")
+    result = run("calibrate", "net.grood", "mixed", *MODEL)
+    assert "1 of" in result.err
+    assert "mixed/zero/seen.png" in result.err
+    result = run("calibrate", "net.grood", "mixed", *MODEL, "--drop-training")
     assert result.code == 0
-    assert "warning: " in result.err
-    assert "score practically 0" in result.err
+    assert "left out 1 of" in result.err
+    assert "1 left out that are training images" in run("info", "net.grood").out
+
+
+def test_class_thresholds_and_operating_points(digits: Path) -> None:
+    assert "false alarms of this calibration (95 %)" in run("calibrate", "net.grood", "val", *MODEL).out
+    result = run("calibrate", "net.grood", "val", *MODEL, "--class-thresholds", "--fpr", "0.1")
+    assert (result.code, "one for each of 4 classes" in result.out) == (0, True)
+    facts = json.loads(run("info", "net.grood", "--format", "json").raw)
+    assert [point["class"] for point in facts["threshold"]["classes"]] == ["one", "three", "two", "zero"]
+    assert facts["calibration"]["n"] == facts["threshold"]["n"]
+    result = run("calibrate", "net.grood", "val", *MODEL, "--class-thresholds", "--fpr", "0.001")
+    assert result.code == 1
+    assert "needs at least 999 calibration samples for each class; too few: class 'one'" in result.err
+
+
+def test_info_verify(digits: Path) -> None:
+    assert "every byte is as it was written" in run("info", "net.grood", "--verify").out
+    content = bytearray((digits / "net.grood").read_bytes())
+    content[len(content) // 2] ^= 1
+    (digits / "net.grood").write_bytes(content)
+    result = run("info", "net.grood", "--verify")
+    assert (result.code, "was altered" in result.err) == (1, True)
 
 
 def test_calibrate_mistakes(digits: Path) -> None:

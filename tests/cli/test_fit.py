@@ -38,6 +38,8 @@ def test_says_what_it_does_and_what_came_out(digits: Path) -> None:
             "mean": [0.5, 0.5, 0.5],
             "std": [0.5, 0.5, 0.5],
         },
+        "training": {"paths": ["train"]},
+        "calibration": {"paths": ["val"]},
     }
     assert logging.getLogger("torch_grood").handlers == []
 
@@ -237,3 +239,47 @@ def test_no_input_is_overwritten(digits: Path, output: str) -> None:
 def test_a_factory_without_weights_is_mentioned(digits: Path) -> None:
     result = run("fit", "--model", "nets.py:net", "--num-classes", 4, *PREPARED, "--train", "train", "-o", "new.grood")
     assert "no --weights: the network is as its factory made it" in result.err
+
+
+def test_a_cache_changes_no_byte(digits: Path) -> None:
+    fit = (*FIT, "--calibrate", "val")
+    assert run(*fit, "--quiet").code == 0
+    plain = Path("new.grood").read_bytes()
+    first = run(*fit, "--cache", "kept")
+    assert (first.code, "continued" in first.err) == (0, False)
+    assert Path("new.grood").read_bytes() == plain
+    again = run(*fit, "--cache", "kept")
+    assert "continued: 351 of 351 images are in the cache" in again.err
+    assert re.search(r"calibration images: (\d+) from val continued: \1 of \1 images are in the cache", again.err)
+    assert Path("new.grood").read_bytes() == plain
+    other = run(*fit, "--cache", "kept", "--seed", "4")
+    assert "351 of 351 images are in the cache; 351 of them are read again for this seed and early layer" in other.err
+    calibrated = run("calibrate", "new.grood", "val", *MODEL[:2], "--weights", "net.safetensors", "--cache", "kept")
+    assert calibrated.code == 0
+    assert re.search(r"continued: (\d+) of \1 images", calibrated.err)
+
+
+def test_a_cache_in_the_wrong_place(digits: Path) -> None:
+    for folder, message in (
+        ("train/kept", "--cache train/kept lies in the folder of images train; choose a folder elsewhere"),
+        ("val", "--cache val lies in the folder of images val"),
+        ("nets.py", "the cache folder nets.py cannot be made: File exists; choose another"),
+    ):
+        result = run(*FIT, "--calibrate", "val", "--cache", folder)
+        assert (result.code, result.out) == (1, "")
+        assert f"error: {message}" in result.err
+    result = run("calibrate", "net.grood", "val", "--cache", "val/kept", *MODEL[:2])
+    assert (result.code, "lies in the folder of images val" in result.err) == (1, True)
+    assert not (digits / "train" / "kept").exists()
+
+
+def test_skipped_images_are_reported_from_the_cache_too(digits: Path) -> None:
+    (digits / "train" / "one" / "0000.png").write_bytes(b"broken")
+    fit = (*FIT, "--cache", "kept")
+    assert "--skip-bad" in run(*fit).err
+    for _ in range(2):
+        result = run(*fit, "--skip-bad")
+        assert result.code == 0
+        assert "warning: left out 1 unreadable of 352 images: train/one/0000.png (not an image" in result.err
+    refused = run(*fit)
+    assert (refused.code, "error: train/one/0000.png: not an image" in refused.err) == (1, True)

@@ -77,17 +77,111 @@ def test_table_shows_the_most_ood(digits: Path) -> None:
     assert "most OOD of" not in everything.err
 
 
-def test_without_a_threshold_there_are_scores_only(digits: Path) -> None:
+def _uncalibrate() -> None:
     detector = GROOD.load("net.grood")
-    detector.threshold_ = None
+    detector._adopt(detector._need_state())
     detector.save("net.grood")
-    result = run("score", "net.grood", "ood", *MODEL, "--format", "json")
+
+
+def _json(*options: str) -> list[dict[str, Any]]:
+    result = run("score", "net.grood", "test", "ood", *MODEL, "--format", "json", *options)
+    assert result.code == 0, result.err
+    rows: list[dict[str, Any]] = json.loads(result.raw)
+    return rows
+
+
+def test_without_a_threshold_there_is_all_but_a_decision(digits: Path) -> None:
+    expected = _json()
+    _uncalibrate()
+    result = run("score", "net.grood", "test", "ood", *MODEL, "--format", "json")
     assert result.code == 0
-    assert "warning: this detector is not calibrated" in result.err
-    row = json.loads(result.raw)[0]
-    assert row["score"] > 0
-    assert [row[name] for name in ("p_value", "is_ood", "label", "prototype_label")] == [None] * 4
-    assert run("score", "net.grood", "ood", *MODEL).code == 0
+    assert "warning: this detector is not calibrated: there are scores and classes, but no p-values" in result.err
+    assert json.loads(result.raw) == [row | {"p_value": None, "is_ood": None} for row in expected]
+    table = run("score", "net.grood", "ood", *MODEL)
+    assert table.code == 0
+    assert " OOD " not in table.out
+    for option in ("--fpr", "--fdr"):
+        found = run("score", "net.grood", "ood", *MODEL, option, "0.1")
+        assert (found.code, found.out) == (1, "")
+        assert f"this detector is not calibrated, which {option} needs; run grood calibrate" in found.err
+
+
+def test_a_threshold_of_the_user(digits: Path) -> None:
+    before = _json()
+    tau = sorted(row["score"] for row in before)[100]
+    rows = _json("--tau", repr(tau))
+    assert [row["is_ood"] for row in rows] == [row["score"] > tau for row in before]
+    assert [row["p_value"] for row in rows] == [row["p_value"] for row in before]
+    _uncalibrate()
+    result = run("score", "net.grood", "test", "ood", *MODEL, "--format", "json", "--tau", repr(tau))
+    assert json.loads(result.raw) == [row | {"p_value": None} for row in rows]
+    assert "not calibrated" not in result.err
+
+
+def test_another_operating_point(digits: Path) -> None:
+    for fpr in (0.02, 0.3):
+        rows = _json("--fpr", str(fpr))
+        assert [row["is_ood"] for row in rows] == [row["p_value"] <= fpr for row in rows]
+    assert {row["is_ood"] for row in rows} == {True, False}
+
+
+def test_all_images_together(digits: Path) -> None:
+    from torch_grood import benjamini_hochberg
+
+    rows = _json("--fdr", "0.2")
+    p_values = torch.tensor([row["p_value"] for row in rows], dtype=torch.float64)
+    expected = benjamini_hochberg(p_values, 0.2)
+    assert [row["is_ood"] for row in rows] == expected.tolist()
+    assert 0 < int(expected.sum()) < len(rows)
+    result = run("score", "net.grood", "test", "ood", *MODEL, "--fdr", "0.2")
+    assert f"{int(expected.sum())} of {len(rows)} images are flagged at a false discovery rate of 0.2" in result.err
+
+
+def test_why_nothing_is_flagged(digits: Path) -> None:
+    scores = ("score", "net.grood", "test", "ood", *MODEL, "--format", "json")
+    n = GROOD.load("net.grood").threshold_.n  # type: ignore[union-attr]
+    least = f"{1 / (n + 1):.2g}"
+    hopeless = run(*scores, "--fdr", "0.001")
+    assert f"0 of {len(json.loads(hopeless.raw))} images are flagged" in hopeless.err
+    assert f"warning: nothing can be flagged at --fdr 0.001, whatever the images: no p-value from {n}" in hopeless.err
+    assert f"is below {least}. Calibrate on more images, at least 1000" in hopeless.err
+
+    # One that is as far out as the calibration can tell, among a hundred that are not.
+    ranked = sorted(_json(), key=lambda row: row["score"])
+    some = run("score", "net.grood", *[row["path"] for row in (*ranked[:100], ranked[-1])], *MODEL, "--fdr", "0.1")
+    assert ranked[-1]["p_value"] == 1 / (n + 1)
+    assert "0 of 101 images are flagged at a false discovery rate of 0.1 warning: 1 of the images have" in some.err
+    assert f"the smallest p-value that {n} calibration images can give, {least}, but among 101 images fewer" in some.err
+    assert f"fewer than {-(-101 // (0.1 * (n + 1))):.0f} are never flagged at --fdr 0.1" in some.err
+
+    one = run("score", "net.grood", ranked[0]["path"], *MODEL, "--fdr", "0.1")
+    assert "0 of 1 images are flagged" in one.err
+    assert "the smallest p-value is" in one.err
+    assert "warning" not in one.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fpr", "0.1", "--tau", "1"), "--fpr and --tau are different ways to decide; give one of them"),
+        (("--fdr", "0.1", "--tau", "1"), "--tau and --fdr are different ways to decide"),
+        (("--fpr", "0.1", "--fdr", "0.1", "--tau", "1"), "--fpr and --tau and --fdr are different ways"),
+        (("--fpr", "2"), "fpr is the share of ID samples that may be flagged, between 0 and 1; got 2.0"),
+        (("--fpr", "0.0001"), "a false-alarm rate of 0.0001 cannot be promised from"),
+        (("--fpr", "nan"), "between 0 and 1; got nan"),
+        (("--tau", "-1"), "tau is a score, at least 0; got -1.0"),
+        (("--tau", "inf"), "tau is a score, at least 0; got inf"),
+        (("--fdr", "0"), "fdr is the share of the flagged samples that may be ID, between 0 and 1; got 0.0"),
+    ],
+)
+def test_mistaken_decisions_are_found_before_the_images_are_read(
+    digits: Path, options: tuple[str, ...], message: str
+) -> None:
+    Path("ood/broken.png").write_bytes(b"broken")
+    for more in ((), ("--explain",)):
+        result = run("score", "net.grood", "ood", *MODEL, *options, *more)
+        assert (result.code, result.out) == (1, "")
+        assert message in result.err
 
 
 def test_bad_images(digits: Path) -> None:

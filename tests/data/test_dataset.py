@@ -119,3 +119,58 @@ def test_options_are_checked(source: ImageSource) -> None:
 def test_small_sources_are_read_in_this_process() -> None:
     assert default_workers(10) == 0
     assert 1 <= default_workers(1_000_000) <= 8
+
+
+@WORKERS
+def test_a_pass_of_parts_is_the_pass(source: ImageSource, workers: int) -> None:
+    _break(source, 1, 4, 9)
+    whole = image_loader(source, UNIT, batch_size=4, workers=workers, on_bad="skip")
+    expected = list(whole)
+    parts = image_loader(source, UNIT, batch_size=4, workers=workers, on_bad="skip")
+    list(parts)
+    for first, end in ((0, 1), (1, 3), (2, 2), (0, 3), (2, 3)):
+        parts.restart()
+        for batch in range(first):
+            reasons = [reason for path, reason in whole.bad if source.paths.index(path) // 4 == batch]
+            assert parts.recall(batch, expected[batch][2], reasons).tolist() == expected[batch][1].tolist()
+        found = list(parts.read(first, end))
+        assert all(
+            torch.equal(a, b)
+            for one, two in zip(found, expected[first:end], strict=True)
+            for a, b in zip(one, two, strict=True)
+        )
+        kept = [position for batch in expected[:end] for position in batch[2].tolist()]
+        assert (parts.kept, parts.names()) == (kept, [source.paths[position] for position in kept])
+        assert parts.bad == [entry for entry in whole.bad if source.paths.index(entry[0]) < 4 * end]
+    assert parts.positions(2) == range(8, 10)
+
+
+def test_recalled_labels_without_labels(source: ImageSource) -> None:
+    loader = image_loader(replace(source, labels=None), UNIT, batch_size=4)
+    assert loader.recall(1, torch.tensor([4, 5, 6, 7]), []).tolist() == [-1] * 4
+
+
+def test_a_recalled_bad_image_is_refused_like_a_read_one(source: ImageSource) -> None:
+    loader = image_loader(source, UNIT, batch_size=4)
+    with pytest.raises(BadImageError, match=r"0\.png: empty; on_bad='skip' \(--skip-bad\) leaves such files out"):
+        loader.recall(0, torch.tensor([1, 2, 3]), ["empty"])
+
+
+@WORKERS
+def test_single_images(source: ImageSource, workers: int) -> None:
+    loader = image_loader(source, UNIT, batch_size=4, workers=workers, on_bad="skip")
+    images = torch.cat([batch[0] for batch in loader])
+    kept = list(loader.kept)
+    found = loader.images([7, 0, 7])
+    assert all(torch.equal(image, images[position]) for image, position in zip(found, [7, 0, 7], strict=True))
+    assert torch.equal(loader.first_image(), images[:1])
+    assert loader.kept == kept, "beside any pass"
+    _break(source, 0, 1)
+    assert torch.equal(loader.first_image(), images[2:3])
+    with pytest.raises(BadImageError, match=r"1\.png: not an image.*; it could be read before"):
+        loader.images([3, 1])
+    with pytest.raises(BadImageError, match=r"0\.png: not an image.*--skip-bad"):
+        image_loader(source, UNIT).first_image()
+    _break(source, *range(10))
+    with pytest.raises(GroodError, match=r"none of the 10 images of .* can be read"):
+        loader.first_image()

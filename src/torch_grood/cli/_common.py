@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from torch_grood._files import target_of
-from torch_grood.errors import GroodError
+from torch_grood.errors import GroodError, ModelMismatchError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,6 +100,17 @@ WorkersOption = Annotated[
 SkipBadOption = Annotated[
     bool,
     typer.Option("--skip-bad", help="Leave unreadable images out, and count them.", rich_help_panel=READING),
+]
+ClassThresholdsOption = Annotated[
+    bool,
+    typer.Option(
+        "--class-thresholds",
+        help="Keep the promise for each class by itself, by a threshold for each; needs enough held-out images of all.",
+    ),
+]
+DropTrainingOption = Annotated[
+    bool,
+    typer.Option("--drop-training", help="Leave out held-out images that are training images, instead of refusing."),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
 
@@ -320,7 +331,8 @@ def open_detector(
     from torch_grood import GROOD
     from torch_grood.models import is_builtin_spec, load_model
 
-    stored = GROOD.load(path).metadata
+    detector = GROOD.load(path)
+    stored = detector.metadata
     stored_spec, stored_weights, stored_classes = _stored_model(stored)
     reasons, options = [], []
     if spec is None and stored_spec is None:
@@ -339,7 +351,10 @@ def open_detector(
     if options:
         raise GroodError(f"{path}: {' and '.join(reasons)}; add {' '.join(options)}")
     loaded = load_model(spec or str(stored_spec), weights, stored_classes if num_classes is None else num_classes)
-    detector = GROOD.load(path, to_device(loaded.model, device))
+    try:
+        detector.bind(to_device(loaded.model, device))
+    except ModelMismatchError as error:
+        raise ModelMismatchError(f"{path}: {error}") from None
     return detector, _stored_transform(path, stored, loaded.transform, transform)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch_grood.cli._common import plain, shorten
 
 if TYPE_CHECKING:
-    from torch_grood import GROOD
+    from torch_grood import GROOD, ConformalThreshold
 
+_RATES = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2)
+_SHOWN_CLASSES = 20
 UNCALIBRATED = "none: it scores, but cannot decide. Run: grood calibrate FILE HELD_OUT_IMAGES"
 
 
@@ -17,7 +20,7 @@ def facts(detector: GROOD, path: Path) -> dict[str, Any]:
     """JSON-able."""
     from dataclasses import asdict
 
-    threshold, quality = detector.threshold_, detector.index_quality_
+    quality, training, calibration = detector.index_quality_, detector.training_, detector.calibration_
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
@@ -27,11 +30,49 @@ def facts(detector: GROOD, path: Path) -> dict[str, Any]:
         "store": {"dtype": detector.store.dtype, "bytes": detector.stored_bytes_},
         "index": {"spec": detector.index.spec, "quality": None if quality is None else asdict(quality)},
         "seed": detector.seed,
-        "threshold": None
-        if threshold is None
-        else {"tau": threshold.tau, "log_tau": threshold.log_tau, "fpr": threshold.fpr, "n": threshold.n},
+        "training": None
+        if training is None
+        else {"n": len(training.hashes), "digest": training.digest(), "has_names": training.names is not None},
+        "calibration": None if calibration is None else asdict(calibration),
+        "threshold": None if detector.threshold_ is None else _threshold_facts(detector, detector.threshold_),
         "metadata": detector.metadata,
     }
+
+
+def _threshold_facts(detector: GROOD, threshold: ConformalThreshold) -> dict[str, Any]:
+    from torch_grood.errors import GroodError
+
+    def points(one: ConformalThreshold) -> list[dict[str, Any]]:
+        taus = zip(one.log_taus.tolist(), one.bands().tolist(), strict=True)
+        return [{"log_tau": log_tau, "tau": math.exp(log_tau), "band": band} for log_tau, band in taus]
+
+    if threshold.groups is not None:
+        names = [detector.classes_[group] for group in threshold.group_ids.tolist()]
+        by_class = [{"class": name} | point for name, point in zip(names, points(threshold), strict=True)]
+        return {"fpr": threshold.fpr, "n": threshold.n, "classes": by_class}
+    others = []
+    for rate in _RATES:
+        try:
+            others.append({"fpr": rate} | points(threshold.at(rate))[0])
+        except GroodError:
+            # More images are needed to promise so little.
+            continue
+    return {"fpr": threshold.fpr, "n": threshold.n} | points(threshold)[0] | {"operating_points": others}
+
+
+def operating_points(found: dict[str, Any]) -> list[str]:
+    """A line for each rate, or each class, that the calibration makes a promise for."""
+    threshold = found["threshold"]
+    if threshold is None:
+        return []
+    name, points = ("class", threshold["classes"]) if "classes" in threshold else ("fpr", threshold["operating_points"])
+    shown = points[:_SHOWN_CLASSES]
+    lines = [f"{name:>18} {'τ':>12}   false alarms of this calibration (95 %)"]
+    for point in shown:
+        low, high = (_percent(limit) for limit in point["band"])
+        label = plain(point["class"])[:18] if name == "class" else _percent(point["fpr"])
+        lines.append(f"{label:>18} {point['tau']:>12.6g}   {low} to {high}")
+    return lines + ([f"{'…':>18} {len(points) - len(shown):,} more classes"] if len(points) > len(shown) else [])
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -49,6 +90,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("OOD prototype", _outliers(fit)),
         ("store", _store(found["store"], fit)),
         ("search", _index(found["index"])),
+        ("calibration images", _calibration(found["calibration"])),
         ("threshold", UNCALIBRATED if threshold is None else _threshold(threshold)),
         ("file", f"{found['file']}, {_size(found['bytes'])}"),
     ]
@@ -107,10 +149,22 @@ def _index(index: dict[str, Any]) -> str:
     return str(index["spec"]) + (f" ({measured})" if measured else "")
 
 
+def _calibration(calibration: dict[str, Any] | None) -> str:
+    if calibration is None:
+        return "not known"
+    left_out = calibration["n_left_out"]
+    return f"{calibration['n']:,}" + (f", and {left_out:,} left out that are training images" if left_out else "")
+
+
 def _threshold(threshold: dict[str, Any]) -> str:
+    promise = f"on average at most {_percent(threshold['fpr'])} false alarms"
+    if "classes" in threshold:
+        count = f"{len(threshold['classes']):,}"
+        return f"one for each of {count} classes: {promise} in each, on images like the {threshold['n']:,} of them"
+    low, high = (_percent(limit) for limit in threshold["band"])
     return (
-        f"τ = {threshold['tau']:.6g}: on average at most {_percent(threshold['fpr'])} false alarms on images like the "
-        f"{threshold['n']:,} it was calibrated on"
+        f"τ = {threshold['tau']:.6g}: {promise} on images like the {threshold['n']:,} it was calibrated on, "
+        f"with this calibration {low} to {high} (95 %)"
     )
 
 

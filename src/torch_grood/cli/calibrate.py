@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
+from torch_grood.cli._cache import CacheOption, cache_of
 from torch_grood.cli._common import (
     BatchSizeOption,
+    ClassThresholdsOption,
     Device,
     DeviceOption,
+    DropTrainingOption,
     ModelOption,
     NumClassesOption,
     QuietOption,
@@ -39,6 +42,8 @@ def calibrate(
         ),
     ],
     fpr: Annotated[float, typer.Option("--fpr", help="Share of false alarms to promise.")] = 0.05,
+    class_thresholds: ClassThresholdsOption = False,
+    drop_training: DropTrainingOption = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write here; else DETECTOR is replaced.")
     ] = None,
@@ -51,6 +56,7 @@ def calibrate(
     batch_size: BatchSizeOption = 64,
     workers: WorkersOption = None,
     skip_bad: SkipBadOption = False,
+    cache: CacheOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Give a fitted detector its threshold, or another one.
@@ -59,20 +65,35 @@ def calibrate(
         grood calibrate flowers.grood flowers/val
         grood calibrate flowers.grood val.txt --root images --fpr 0.01
         grood calibrate flowers.grood flowers/val --output strict.grood --fpr 0.001
+        grood calibrate flowers.grood flowers/val --class-thresholds
     """
     target = output or detector
     check_output(target)
-    from torch_grood.cli._summary import facts, rows
+    from torch_grood.cli._summary import facts, operating_points, rows
     from torch_grood.data import image_loader
 
     source = held_out_source(images, root)
+    kept = cache_of(cache, *images)
     with reporting(quiet) as reporter:
         loaded, prepared = open_detector(detector, model, weights, num_classes, transform, device, reporter)
         loader = image_loader(
             source, prepared, batch_size=batch_size, workers=workers, on_bad="skip" if skip_bad else "raise"
         )
-        run_over(loaded.calibrate, loader, reporter, fpr=fpr, progress=reporter.progress("calibrating"))
+        run_over(
+            loaded.calibrate,
+            loader,
+            reporter,
+            fpr=fpr,
+            per_class=class_thresholds,
+            on_training="drop" if drop_training else "raise",
+            progress=reporter.progress("calibrating"),
+            cache=kept,
+        )
+        loaded.metadata["calibration"] = {"paths": images}
         loaded.save(target)
     if not quiet:
-        summary = dict(rows(facts(loaded, target)))
+        found = facts(loaded, target)
+        summary = dict(rows(found))
         typer.echo(f"wrote {summary['file']}\nthreshold: {summary['threshold']}")
+        for line in operating_points(found):
+            typer.echo(line)

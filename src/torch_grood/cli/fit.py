@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from torch_grood.cli._cache import CacheOption, cache_of
 from torch_grood.cli._common import (
     MODEL,
     BatchSizeOption,
+    ClassThresholdsOption,
     Device,
     DeviceOption,
+    DropTrainingOption,
     NumClassesOption,
     QuietOption,
     Reporter,
@@ -94,6 +97,8 @@ def fit(
         ),
     ] = None,
     fpr: Annotated[float, typer.Option("--fpr", help="Share of false alarms to promise.")] = 0.05,
+    class_thresholds: ClassThresholdsOption = False,
+    drop_training: DropTrainingOption = False,
     classes: Annotated[
         str | None,
         typer.Option("--classes", metavar="A,B,…", help="Only these classes take part; names or numbers."),
@@ -156,6 +161,7 @@ def fit(
     batch_size: BatchSizeOption = 64,
     workers: WorkersOption = None,
     skip_bad: SkipBadOption = False,
+    cache: CacheOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Fit a detector for a classifier and write it to a file.
@@ -165,6 +171,7 @@ def fit(
         grood fit --model nets.py:net --weights w.pt --transform cifar10 --train train.txt -o c.grood
         grood fit --model timm:resnet18 --train dogs --outliers samples --ood cats -o d.grood
         grood fit --model torchvision:vit_b_16 --train in/train --store int8 --memory 4GiB -o v.grood
+        grood fit --model torchvision:resnet50 --train in/train --cache ~/in.cache -o in.grood
     """
     check_output(output, weights, train, calibrate, ood, model.rpartition(":")[0])
     from torch_grood import GROOD
@@ -176,7 +183,8 @@ def fit(
         raise GroodError(f"--fpr is the share of false alarms, between 0 and 1; got {fpr}")
     source = source_of([train], root, "required")
     held_out = None if calibrate is None else held_out_source([calibrate], root)
-    if held_out is not None:
+    kept = cache_of(cache, train, calibrate, ood)
+    if held_out is not None and not drop_training:
         _check_apart(source, held_out)
     loaded = load_model(model, weights, num_classes)
     if source.classes is None and loaded.classes is not None:
@@ -212,6 +220,7 @@ def fit(
             reporter,
             progress=reporter.progress("fitting", "outliers"),
             classes=None if classes is None else _classes(classes, source),
+            cache=kept,
         )
         if outlier_images is not None:
             report_bad(outlier_images, reporter)
@@ -219,15 +228,23 @@ def fit(
         if held_out is not None:
             reporter.say(f"calibration images: {len(held_out):,} from {held_out.origin}")
             run_over(
-                detector.calibrate, loader_of(held_out), reporter, progress=reporter.progress("calibrating"), fpr=fpr
+                detector.calibrate,
+                loader_of(held_out),
+                reporter,
+                progress=reporter.progress("calibrating"),
+                fpr=fpr,
+                per_class=class_thresholds,
+                on_training="drop" if drop_training else "raise",
+                cache=kept,
             )
+            detector.metadata["calibration"] = {"paths": [calibrate]}
         # The weights' bare name: a path of this machine says nothing on another.
         stored = {"spec": loaded.spec, "weights": None if weights is None else weights.name, "num_classes": num_classes}
-        detector.metadata.update({"model": stored, "transform": prepared.to_dict()})
+        detector.metadata.update({"model": stored, "transform": prepared.to_dict(), "training": {"paths": [train]}})
         detector.save(output)
     if not quiet:
         for name, value in rows(facts(detector, output)):
-            typer.echo(f"{name:<17} {value}")
+            typer.echo(f"{name:<18} {value}")
 
 
 def _transform(

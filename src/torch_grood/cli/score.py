@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torch_grood._files import replacing
-from torch_grood._optional import require
 from torch_grood.cli._common import (
     BatchSizeOption,
     Device,
@@ -37,17 +34,19 @@ from torch_grood.cli._common import (
 from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
-    from torch_grood import GROOD
-    from torch_grood.cli._common import Reporter
-    from torch_grood.data import ImageLoader
+    from rich.console import Console
+
+    from torch_grood.cli._results import Results, Row
+    from torch_grood.data import ImageSource
 
 __all__ = ["score"]
 
-COLUMNS = ("path", "score", "p_value", "is_ood", "label", "prototype_label")
 SHOWN = 20
+# Neighbours of an image that are looked for at most; each is a distance, an angle and a path to show.
+_NEIGHBORS = 100
 _WIDE = 300
 
-Row = dict[str, Any]
+DECIDING, EXPLAINING = "Deciding (at most one)", "Explaining"
 
 
 class _Format(StrEnum):
@@ -69,7 +68,74 @@ def score(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to a file instead of stdout.")
     ] = None,
-    show_all: Annotated[bool, typer.Option("--all", help=f"Table: all images, not the {SHOWN} most OOD ones.")] = False,
+    show_all: Annotated[
+        bool, typer.Option("--all", help=f"Show all images, not the {SHOWN} most OOD ones; draw up to 80.")
+    ] = False,
+    fpr: Annotated[
+        float | None,
+        typer.Option(
+            "--fpr",
+            metavar="RATE",
+            help="Another false-alarm rate than the detector's, promised by the same calibration.",
+            rich_help_panel=DECIDING,
+        ),
+    ] = None,
+    tau: Annotated[
+        float | None,
+        typer.Option(
+            "--tau",
+            metavar="SCORE",
+            help="A threshold of your own: OOD above it. Nothing is promised; needs no calibration.",
+            rich_help_panel=DECIDING,
+        ),
+    ] = None,
+    fdr: Annotated[
+        float | None,
+        typer.Option(
+            "--fdr",
+            metavar="RATE",
+            help="All images together: of those flagged, at most this share are ID in expectation "
+            "(Benjamini-Hochberg).",
+            rich_help_panel=DECIDING,
+        ),
+    ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Say why: the parts of the score, the nearest class prototypes and training images.",
+            rich_help_panel=EXPLAINING,
+        ),
+    ] = False,
+    neighbors: Annotated[
+        int | None,
+        typer.Option(
+            "--neighbors",
+            metavar="K",
+            min=1,
+            max=_NEIGHBORS,
+            help="Training images for each image. Default: 5.",
+            rich_help_panel=EXPLAINING,
+        ),
+    ] = None,
+    grid: Annotated[
+        Path | None,
+        typer.Option(
+            "--grid",
+            metavar="FILE",
+            help="Draw the most OOD images beside their nearest training images: .png, .jpg or .webp.",
+            rich_help_panel=EXPLAINING,
+        ),
+    ] = None,
+    training_root: Annotated[
+        Path | None,
+        typer.Option(
+            "--training-root",
+            metavar="DIR",
+            help="Where the training images of --grid are now, if not where the detector was fitted.",
+            rich_help_panel=EXPLAINING,
+        ),
+    ] = None,
     model: ModelOption = None,
     weights: WeightsOption = None,
     num_classes: NumClassesOption = None,
@@ -86,31 +152,83 @@ def score(
     Examples:
         grood score flowers.grood photo.jpg other.png
         grood score flowers.grood inbox/ --output scores.csv --skip-bad
+        grood score flowers.grood inbox/ --fdr 0.1
+        grood score flowers.grood inbox/ --explain --grid why.png
         grood score flowers.grood inbox/ --format json --model nets.py:resnet20 --weights r20.pt
     """
     chosen = _format(format, output)
-    if output is not None:
-        check_output(output, detector, weights, *images)
+    explaining = explain or grid is not None
+    _check_explaining(explaining, neighbors, grid, training_root)
+    for file in (output, grid):
+        if file is not None:
+            check_output(file, detector, weights, *images)
+    if output is not None and grid is not None and output.resolve() == grid.resolve():
+        raise GroodError(f"--output and --grid both name {grid}; give two names")
+    from torch_grood.cli import _formats
+    from torch_grood.cli._decision import Decision, check_decision, report_decision
+    from torch_grood.cli._results import assess_all, explain_most
     from torch_grood.data import image_loader
 
+    decision = Decision(fpr, tau, fdr)
     source = source_of(images, root, "none")
+    _check_not_an_image(grid, source)
     with reporting(quiet) as reporter:
         loaded, prepared = open_detector(detector, model, weights, num_classes, transform, device, reporter)
+        check_decision(loaded, decision)
         report_ignored(source, reporter)
         loader = image_loader(
             source, prepared, batch_size=batch_size, workers=workers, on_bad="skip" if skip_bad else "raise"
         )
+        progress = reporter.progress("scoring")
         try:
-            rows = _rows(loaded, loader, reporter)
+            if explaining:
+                most = _most(explain, chosen, grid, show_all)
+                results = explain_most(loaded, loader, decision, progress, neighbors or 5, most)
+            else:
+                results = assess_all(loaded, loader, decision, progress)
         finally:
             report_bad(loader, reporter)
+        report_decision(results, decision, reporter)
+    if grid is not None:
+        from torch_grood.cli import _grid
+
+        drawn = results.by_score[: _grid.GRID_ROWS_ALL if show_all else _grid.GRID_ROWS]
+        _grid.write_grid(grid, results, drawn, training_root)
     if output is not None:
         with replacing(output) as temporary:
-            _write(rows, chosen, temporary)
+            _formats.write(results, chosen, explain, temporary)
     elif chosen is _Format.table:
-        _print_table(rows, None if show_all else SHOWN)
+        _print(results, explain, None if show_all else SHOWN)
     else:
-        sys.stdout.write(_text(rows, chosen))
+        sys.stdout.writelines(_formats.lines(results, chosen, explain))
+
+
+def _check_explaining(explaining: bool, neighbors: int | None, grid: Path | None, training_root: Path | None) -> None:
+    from torch_grood.cli._grid import GRID_FORMATS
+
+    if neighbors is not None and not explaining:
+        raise GroodError("--neighbors is for --explain and --grid; add one of them or leave it out")
+    if training_root is not None and grid is None:
+        raise GroodError("--training-root is for --grid; add it or leave it out")
+    if training_root is not None and not training_root.is_dir():
+        raise GroodError(f"--training-root {training_root}: no such folder")
+    if grid is not None and grid.suffix.lower() not in GRID_FORMATS:
+        raise GroodError(f"--grid {grid} must end in {', '.join(GRID_FORMATS)}")
+
+
+def _check_not_an_image(grid: Path | None, source: ImageSource) -> None:
+    if grid is not None and grid.exists() and any(grid.samefile(path) for path in source.paths):
+        raise GroodError(f"--grid {grid} would overwrite an image that is scored; give another name")
+
+
+def _most(explain: bool, chosen: _Format, grid: Path | None, show_all: bool) -> int | None:
+    """How many of the most OOD images are shown with an explanation; None: all."""
+    from torch_grood.cli._grid import GRID_ROWS, GRID_ROWS_ALL
+
+    if explain and (show_all or chosen is not _Format.table):
+        return None
+    drawn = 0 if grid is None else GRID_ROWS_ALL if show_all else GRID_ROWS
+    return max(drawn, SHOWN if explain else 0)
 
 
 def _format(given: _Format | None, output: Path | None) -> _Format:
@@ -126,73 +244,43 @@ def _format(given: _Format | None, output: Path | None) -> _Format:
     return given
 
 
-def _rows(detector: GROOD, loader: ImageLoader, reporter: Reporter) -> list[Row]:
-    progress = reporter.progress("scoring")
-    if detector.threshold_ is None:
-        reporter.warn(
-            "this detector is not calibrated: there are scores, but no p-values and decisions; run grood calibrate"
-        )
-        columns: list[list[Any]] = [detector.score(loader, progress=progress).tolist()]
-    else:
-        found = detector.predict(loader, progress=progress)
-        names = [str(name) for name in detector.classes_]
-        labels = [
-            [names[i] for i in label.tolist()] for label in (found.label, found.prototype_label) if label is not None
-        ]
-        columns = [found.score.tolist(), found.p_value.tolist(), found.is_ood.tolist(), *labels]
-    paths = [_encodable(loader.dataset.source.paths[position]) for position in loader.kept]
-    missing = [None] * (len(COLUMNS) - 1 - len(columns))
-    return [dict(zip(COLUMNS, (*row, *missing), strict=True)) for row in zip(paths, *columns, strict=True)]
-
-
-def _encodable(path: str) -> str:
-    """A file name may hold bytes that are no UTF-8."""
-    return path.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _text(rows: list[Row], format: _Format) -> str:
-    if format is _Format.json:
-        return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    # true and false, as in JSON; Python's True means nothing to other programs.
-    writer.writerows(
-        [str(value).lower() if isinstance(value, bool) else value for value in row.values()] for row in rows
-    )
-    return text.getvalue()
-
-
-def _write(rows: list[Row], format: _Format, file: Path) -> None:
-    if format is not _Format.parquet:
-        file.write_text(_text(rows, format), encoding="utf-8", newline="")
-        return
-    arrow, parquet = (require(name, extra="cli") for name in ("pyarrow", "pyarrow.parquet"))
-    types = (arrow.string(), arrow.float64(), arrow.float64(), arrow.bool_(), arrow.string(), arrow.string())
-    schema = arrow.schema(list(zip(COLUMNS, types, strict=True)))
-    parquet.write_table(arrow.Table.from_pylist(rows, schema=schema), file)
-
-
-def _print_table(rows: list[Row], limit: int | None) -> None:
+def _print(results: Results, explain: bool, limit: int | None) -> None:
+    """The most OOD images, as a table or as blocks with the reasons."""
     from rich.console import Console
-    from rich.table import Table
 
-    worst = sorted(rows, key=lambda row: -row["score"])[:limit]
-    table = Table(*COLUMNS)
-    table.columns[0].overflow = "fold"
-    for row in worst:
-        cells = ["" if row[name] is None else _cell(row[name]) for name in COLUMNS]
-        table.add_row(*cells, style="bold red" if row["is_ood"] else None)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that knows few characters shows the others by their numbers.
+        sys.stdout.reconfigure(errors="backslashreplace")
     console = Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         # There is no edge to wrap at in a file or pipe.
         console.width = max(console.width, _WIDE)
-    console.print(table)
-    if len(worst) < len(rows):
+    worst = results.by_score[:limit]
+    if explain:
+        from torch_grood.cli._explain import print_blocks
+
+        print_blocks(results, worst, console)
+    else:
+        _print_table([results.row(position) for position in worst], console)
+    if len(worst) < len(results):
         typer.echo(
-            f"the {len(worst)} most OOD of {len(rows):,} images; --all shows all, --format csv or json is for programs",
+            f"the {len(worst)} most OOD of {len(results):,} images; --all shows all, --format csv or json is for "
+            "programs",
             err=True,
         )
+
+
+def _print_table(rows: list[Row], console: Console) -> None:
+    from rich.table import Table
+
+    from torch_grood.cli._formats import COLUMNS
+
+    table = Table(*COLUMNS)
+    table.columns[0].overflow = "fold"
+    for row in rows:
+        cells = ["" if row[name] is None else _cell(row[name]) for name in COLUMNS]
+        table.add_row(*cells, style="bold red" if row["is_ood"] else None)
+    console.print(table)
 
 
 def _cell(value: Any) -> str:

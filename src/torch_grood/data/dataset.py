@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,28 +125,111 @@ class ImageLoader:
         self.workers = workers
         self.bad: list[tuple[str, str]] = []
         self.kept: list[int] = []
-        # The workers get positions and do the reading where DataLoader expects the collation: so a batch can shrink.
-        self._batches: DataLoader[int] = DataLoader(
-            range(len(dataset)),  # type: ignore[arg-type]
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=dataset.read,
-        )
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return -(-len(self.dataset) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        self.restart()
+        yield from self.read(0, len(self))
+
+    def names(self) -> list[str]:
+        """Paths of the images that the current or last pass delivered, in order."""
+        paths = self.dataset.source.paths
+        return [paths[position] for position in self.kept]
+
+    def restart(self) -> None:
+        """Begin a pass that consists of `read` and `recall`: nothing is delivered or left out yet."""
         self.bad, self.kept = [], []
-        for read in self._batches:
-            if read.bad and self.dataset.on_bad == "raise":
-                path, reason = read.bad[0]
-                raise BadImageError(path, f"{reason}; on_bad='skip' (--skip-bad) leaves such files out")
+
+    def read(self, first: int, end: int) -> Iterator[Batch]:
+        """The batches from number `first` to before `end`, as the next ones of this pass.
+
+        Raises:
+            BadImageError: for an unreadable file, if such are to be refused.
+            GroodError: if images of one batch differ in size.
+        """
+        for read in self._read([self.positions(batch) for batch in range(first, end)]):
+            if read.bad:
+                self._left_out(read.bad)
             if read.error is not None:
                 raise GroodError(read.error)
-            self.bad += read.bad
             self.kept += read.positions.tolist()
             yield read.images, read.labels, read.positions
+
+    def recall(self, batch: int, positions: Tensor, reasons: Sequence[str]) -> Tensor:
+        """Take a batch as read that an earlier pass has read, without reading it.
+
+        Args:
+            batch: its number.
+            positions: of the images that it delivered.
+            reasons: why it left out the others, in order.
+
+        Returns:
+            the labels.
+
+        Raises:
+            BadImageError: if files were left out and are to be refused.
+        """
+        kept = positions.tolist()
+        missing = sorted(set(self.positions(batch)) - set(kept))
+        paths = self.dataset.source.paths
+        self._left_out([(paths[position], reason) for position, reason in zip(missing, reasons, strict=True)])
+        self.kept += kept
+        labels = self.dataset.source.labels
+        return torch.tensor([UNLABELLED if labels is None else labels[i] for i in kept], dtype=torch.int64)
+
+    def positions(self, batch: int) -> range:
+        """Positions of a batch's files, good or bad."""
+        start = batch * self.batch_size
+        return range(start, min(start + self.batch_size, len(self.dataset)))
+
+    def first_image(self) -> Tensor:
+        """The first image that a pass delivers, (1, 3, H, W), read by itself.
+
+        Raises:
+            BadImageError: for an unreadable file before it, if such are to be refused.
+            GroodError: if no file can be read.
+        """
+        bad: list[tuple[str, str]] = []
+        for position in range(len(self.dataset)):
+            try:
+                return self.dataset[position][0][None]
+            except BadImageError as error:
+                bad.append((error.path, error.reason))
+                if self.dataset.on_bad == "raise":
+                    self._left_out(bad)
+        raise GroodError(f"none of the {len(bad)} images of {self.dataset.source.origin} can be read")
+
+    def images(self, positions: Sequence[int]) -> list[Tensor]:
+        """The images (3, H, W) at some positions, beside any pass.
+
+        Raises:
+            BadImageError: for an unreadable file.
+        """
+        found: list[Tensor] = []
+        for read in self._read([[position] for position in positions]):
+            for path, reason in read.bad:
+                raise BadImageError(path, f"{reason}; it could be read before")
+            # Copied: a tensor from another process holds a file open.
+            found += [image.clone() for image in read.images]
+        return found
+
+    def _read(self, batches: Sequence[Sequence[int]]) -> Iterator[_Read]:
+        # The workers get positions and do the reading where DataLoader expects the collation: so a batch can shrink.
+        reads: DataLoader[Any] = DataLoader(
+            range(len(self.dataset)),  # type: ignore[arg-type]
+            batch_sampler=batches,  # type: ignore[arg-type]
+            num_workers=self.workers if len(batches) > 1 else 0,
+            collate_fn=self.dataset.read,
+        )
+        yield from reads
+
+    def _left_out(self, bad: list[tuple[str, str]]) -> None:
+        if bad and self.dataset.on_bad == "raise":
+            path, reason = bad[0]
+            raise BadImageError(path, f"{reason}; on_bad='skip' (--skip-bad) leaves such files out")
+        self.bad += bad
 
 
 def image_loader(

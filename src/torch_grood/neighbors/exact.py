@@ -9,7 +9,7 @@ are searched by brute force.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,8 @@ _SAMPLE_QUERIES, _SAMPLE_ROWS, _SAMPLE_BYTES = 64, 16_384, 256 * 2**20
 # Queries from elsewhere are farther from the stored gradients than these are from one another: more rows remain. This
 # is for OOD queries, so that a filter that seems up to twice as costly as brute force is still worth it for others.
 _SAMPLE_FACTOR, _STILL_WORTH = 6, 2
+# Bytes of gradients from which on a file keeps the filter, too.
+_WORTH_KEEPING = 128 * 2**20
 # Up to this dimension all principal directions are computed, beyond only those that may be used.
 _ALL_AXES = 1024
 
@@ -68,6 +70,22 @@ class ExactIndex(GradientIndex):
             raise GroodError("there is no gradient to search; no training sample was classified correctly")
         return ExactSearcher(store if self.device is None else store.to(self.device), self)
 
+    def restore(self, gradients: GradientStore, tensors: Mapping[str, Tensor]) -> ExactSearcher:
+        """The searcher that `GradientSearcher.tensors` was asked of, over the same gradients.
+
+        Args:
+            gradients: N gradients, which are not read if there are tensors.
+            tensors: of the searcher; none: it is built.
+
+        Raises:
+            FormatError: if the tensors are not its own.
+        """
+        if not tensors:
+            return self.build(gradients)
+        parts = {name.removeprefix("index."): tensor for name, tensor in tensors.items()}
+        found = BoundFilter.restore(gradients, parts, self.byte_budget)
+        return self.build(gradients) if found is None else ExactSearcher(gradients, self, found)
+
 
 class ExactSearcher(GradientSearcher):
     """See `ExactIndex`.
@@ -76,13 +94,21 @@ class ExactSearcher(GradientSearcher):
         widths: numbers of principal directions that the stages of the filter use; () for brute force.
     """
 
-    def __init__(self, store: GradientStore, index: ExactIndex) -> None:
+    def __init__(self, store: GradientStore, index: ExactIndex, bounds: BoundFilter | None = None) -> None:
         self.gradients = store
         self._index = index
         self._brute = BruteForce(store, index.byte_budget)
-        with torch.no_grad(), torch.autocast(store.device.type, enabled=False):
-            self._filter = _make_filter(store, self._brute, index.byte_budget) if index.prune else None
+        if bounds is None and index.prune:
+            with torch.no_grad(), torch.autocast(store.device.type, enabled=False):
+                bounds = _make_filter(store, self._brute, index.byte_budget)
+        self._filter = bounds
         self.widths: tuple[int, ...] = () if self._filter is None else self._filter.widths
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The filter over many gradients, to be there at once; over few it is made as fast as it is read."""
+        if self._filter is None or self.gradients.nbytes < _WORTH_KEEPING:
+            return {}
+        return {f"index.{name}": tensor for name, tensor in self._filter.tensors().items()}
 
     @property
     def nbytes(self) -> int:

@@ -36,6 +36,7 @@ __all__ = ["FaissIndex"]
 # A gradient whose magnitude is e^20 times the largest of the fit is equally far from all rows in float32.
 _LARGEST = 20.0
 _BYTE_BUDGET = 256 * 2**20
+_TABLE_BUDGET = 16 * 2**20
 # faiss's k-means takes 256 points a centroid at most.
 _POINTS = 256
 _TRAIN_BYTES = 2 * 2**30
@@ -153,10 +154,18 @@ class FaissIndex(GradientIndex):
         """Raise a GroodError if a file may not ask for this index; see `faiss_state.check_storable`."""
         faiss_state.check_storable(self.factory, self.parameters, len(store), store.dim, tensors)
 
+    def check_rebuilt(self, store: GradientStore) -> None:
+        """Raise a FormatError for an index that a file without its tensors cannot have: these are always kept."""
+        self.check_storable(store)
+        with self._explained(store):
+            if faiss_state.is_kept(self._empty(store.dim)):
+                raise FormatError(f"the index {self.factory!r} lacks its tensors; the file was altered")
+
     def _build(self, store: GradientStore, seed: int) -> _FaissSearcher:
         if len(store) == 0:
             raise GroodError("there is no gradient to search; no training sample was classified correctly")
         index, space = self._empty(store.dim), _Space.of(store)
+        faiss_state.limit_tables(index, len(store))
         if not index.is_trained:
             size = self.train_size or _train_size(index, store.dim)
             index.train(_sample(store, space, size, seed))
@@ -227,6 +236,7 @@ class _FaissSearcher(GradientSearcher):
         self._index = index
         self._space = space
         self._candidates = config.candidates
+        self._table_bytes = faiss_state.query_bytes(index)
         self._on_gpu, self._resources = _on_gpu(index, config.gpu)
 
     @cached_property
@@ -262,6 +272,7 @@ class _FaissSearcher(GradientSearcher):
         """What was learned here, over other gradients, of which the first `start` are these."""
         with self._config._explained(store):
             index = faiss_state.copy(self._index, empty=start == 0)
+            faiss_state.limit_tables(index, len(store))
             _fill(index, store, self._space, lists, start)
             searcher = _FaissSearcher(self._config, index, store, self._space)
             searcher.measure(seed)
@@ -273,7 +284,7 @@ class _FaissSearcher(GradientSearcher):
         queries = PolarGradients(queries.log_magnitude.cpu(), queries.direction.cpu().float())
         wanted = min(k * self._candidates, len(self.gradients))
         # A candidate takes a row and a distance here and in faiss, and its place in the order; a query its vector.
-        block = max(1, _BYTE_BUDGET // (64 * wanted + 24 * self.gradients.dim))
+        block = self._block(wanted)
         found: list[Neighbors] = []
         for start in range(0, max(1, len(queries.log_magnitude)), block):
             part = queries.take(slice(start, start + block))
@@ -283,8 +294,17 @@ class _FaissSearcher(GradientSearcher):
     def _propose(self, queries: PolarGradients, wanted: int) -> Tensor:
         """The rows that faiss finds nearest, int64 (n, wanted), -1 where it finds too few."""
         index = self._index if self._on_gpu is None or wanted > _MOST_ON_GPU else self._on_gpu
-        found: npt.NDArray[np.int64] = index.search(self._space.vectors(queries), wanted)[1]
-        return torch.from_numpy(found)
+        n, block = len(queries.log_magnitude), self._block(wanted)
+        parts = [
+            torch.from_numpy(index.search(self._space.vectors(queries.take(slice(start, start + block))), wanted)[1])
+            for start in range(0, max(1, n), block)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _block(self, wanted: int) -> int:
+        """Queries at a time. One takes candidates, its vector, and in faiss a table of distances to centroids."""
+        most = _TABLE_BUDGET // max(1, self._table_bytes)
+        return max(1, min(_BYTE_BUDGET // (64 * wanted + 24 * self.gradients.dim), most))
 
     def _nearest(self, queries: PolarGradients, rows: Tensor, k: int) -> Neighbors:
         """The k nearest among proposed rows, or among all where there are too few."""

@@ -40,8 +40,11 @@ __all__ = [
     "check_storable",
     "copy",
     "has_graph",
+    "is_kept",
+    "limit_tables",
     "lists_of",
     "put_together",
+    "query_bytes",
     "spare_training",
     "take_apart",
 ]
@@ -64,6 +67,7 @@ _FROM_ZERO = {"max_codes", "ht"}
 _GRAPH_SEED = 12345
 _SMALL = 4096
 _LARGEST_ARRAY = 2**28
+_SMALL_ARRAY, _SMALL_TABLE = 2**20, 4 * 2**20
 _MOST_BITS, _MOST_LINKS, _MOST_REFINED = 12, 128, 64
 
 
@@ -138,8 +142,7 @@ def put_together(index: Any, tensors: Mapping[str, Tensor], n: int) -> npt.NDArr
             _give_graph(faiss, quantizer, left, "quantizer.graph.", core.nlist)
         else:
             quantizer.add(centres)
-        if hasattr(core, "precompute_table"):
-            core.precompute_table()
+        limit_tables(index, n)
     if left:
         raise FormatError(f"the index has no {', '.join(sorted(left))}; the file was altered")
     return lists
@@ -203,6 +206,34 @@ def copy(index: Any, *, empty: bool) -> Any:
     return copied
 
 
+def is_kept(index: Any) -> bool:
+    """Whether this kind of index has a state, which a file then holds."""
+    try:
+        _arrays(require("faiss", extra="all"), index)
+    except _UnknownKindError:
+        return False
+    return True
+
+
+def limit_tables(index: Any, n: int) -> None:
+    """Let faiss precompute no table that is larger than n gradients: it takes up to 2 GiB for a few centroids."""
+    core = _core(require("faiss", extra="all"), index)
+    if not hasattr(core, "use_precomputed_table"):
+        return
+    size = 4 * core.nlist * core.pq.M * core.pq.ksub
+    core.use_precomputed_table = 0 if size <= max(_SMALL_TABLE, 4 * n * core.d) else -1
+    if core.use_precomputed_table == 0 and core.is_trained:
+        core.precompute_table()
+
+
+def query_bytes(index: Any) -> int:
+    """What a search in a product quantizer allocates for each query."""
+    core = _core(require("faiss", extra="all"), index)
+    if type(core).__name__ != "IndexPQ":
+        return 0
+    return 4 * int(core.pq.M) * int(core.pq.ksub)
+
+
 def has_graph(index: Any) -> bool:
     """Whether the rows are linked in a graph, from which none can be removed."""
     return type(_core(require("faiss", extra="all"), index)).__name__ in _GRAPH
@@ -256,6 +287,9 @@ def check_storable(
     bits = _numbers("PQ[0-9]+x", factory) or [8]
     links = _numbers("HNSW", factory) or [32]
     padded = max([d, *_numbers("Pad", factory)])
+    # As much as the gradients take, or as the tensors of the index do, which are in the file.
+    stored = sum(tensor.numel() for tensor in (tensors or {}).values())
+    array = min(_LARGEST_ARRAY, max(_SMALL_ARRAY, n * d, 4 * stored))
     row_bytes = 4 * padded + 8 * max(links) * ("HNSW" in factory)
     sizes_fit = (
         all(1 <= number <= limit for number in numbers)
@@ -264,9 +298,9 @@ def check_storable(
         and padded <= 2 * d + 64
         and max([0, *_numbers("PCAW?R?|OPQ[0-9]+_|RR", factory)]) <= padded
         # A table of centroids, a transform, and all rows.
-        and padded * 2 ** max(bits) * ("PQ" in factory) <= _LARGEST_ARRAY
-        and padded**2 * bool(re.search("PCA|OPQ|RR|LSH", factory)) <= _LARGEST_ARRAY
-        and n * row_bytes <= max(4 * _LARGEST_ARRAY, 16 * n * (d + 8))
+        and padded * 2 ** max(bits) * ("PQ" in factory) <= array
+        and padded**2 * bool(re.search("PCA|OPQ|RR|LSH", factory)) <= array
+        and n * row_bytes <= max(4 * array, 16 * n * (d + 8))
     )
     if not sizes_fit:
         raise GroodError(f"the index {factory!r} is too large for {n} gradients of dimension {d} in a file")
@@ -337,7 +371,8 @@ def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: 
         raise FormatError(
             f"{name} of the index is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}; the file was altered"
         )
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+    # NaN is the least and the greatest of all; `isfinite` would take as much memory as the tensor.
+    if tensor.is_floating_point() and tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
         raise FormatError(f"{name} of the index holds NaN or infinity; the file was altered")
     return tensor.cpu().contiguous().numpy()
 

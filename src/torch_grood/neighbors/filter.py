@@ -32,11 +32,13 @@ The search of a batch (stages, each with fewer rows and sharper bounds):
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from torch_grood.errors import FormatError
 from torch_grood.gradients import PolarGradients
 from torch_grood.neighbors.pairs import Neighbors, bound_error, nearest_pairs, pair_products, product_error
 from torch_grood.neighbors.store import GradientStore
@@ -102,21 +104,16 @@ class BoundFilter:
     """
 
     def __init__(self, store: GradientStore, axes: Tensor, widths: tuple[int, ...], byte_budget: int) -> None:
-        self.widths = widths
-        self.unit = float(store.log_norm().max())
-        self._store = store
-        self._axes = axes[:, : widths[-1]].contiguous()
-        self._byte_budget = byte_budget
+        self._set_up(store, axes[:, : widths[-1]].contiguous(), widths, byte_budget)
         n, m, device = len(store), widths[0], store.device
         self._order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(device)
         place = torch.empty_like(self._order)
         place[self._order] = torch.arange(n, device=device)
         # Whole blocks: rows of no gradient, with an infinite bound, fill the last.
         self._dtype = torch.bfloat16 if _in_bfloat16(m, device) else torch.float32
-        self._rows = torch.zeros(-(-n // _BLOCKS) * _BLOCKS, m + 3, dtype=self._dtype, device=device)
+        self._rows = torch.zeros(_padded(n), m + 3, dtype=self._dtype, device=device)
         self._rows[n:, m + 1] = torch.inf
         self._more = torch.empty(n, widths[1] + 1, dtype=torch.float32, device=device) if len(widths) > 1 else None
-        self._norm = (store.log_norm() - self.unit).exp().float()
         for part in store.chunks():
             z, square = self._project(store.take(part))
             rows = place[part]
@@ -125,10 +122,59 @@ class BoundFilter:
             if self._more is not None:
                 self._more[rows] = torch.cat([z.float(), _residual(z, square)[:, None]], dim=1)
 
+    def _set_up(self, store: GradientStore, axes: Tensor, widths: tuple[int, ...], byte_budget: int) -> None:
+        self.widths = widths
+        self.unit = float(store.log_norm().max())
+        self._store = store
+        self._axes = axes
+        self._byte_budget = byte_budget
+        self._norm = (store.log_norm() - self.unit).exp().float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `restore` takes: axes float64 (d, m'), order int64 (N,), rows (N', m + 3), perhaps more (N, m' + 1)."""
+        found = {"axes": self._axes, "order": self._order, "rows": self._rows}
+        return found if self._more is None else found | {"more": self._more}
+
+    @classmethod
+    def restore(cls, store: GradientStore, tensors: Mapping[str, Tensor], byte_budget: int) -> Self | None:
+        """The filter that `tensors` was asked of, over the same gradients; None if this machine needs another.
+
+        Raises:
+            FormatError: if they are no filter's.
+        """
+        axes, order, rows, more = (tensors.get(name) for name in ("axes", "order", "rows", "more"))
+        kinds = [(axes, (torch.float64,)), (order, (torch.int64,)), (rows, (torch.float32, torch.bfloat16))]
+        if set(tensors) - {"axes", "order", "rows", "more"} or any(x is None or x.dtype not in t for x, t in kinds):
+            raise FormatError("the tensors of the index are not those of a filter; the file was altered")
+        assert axes is not None
+        assert order is not None
+        assert rows is not None
+        n, m = len(store), rows.shape[1] - 3 if rows.ndim == 2 else 0
+        widths = (m,) if more is None else (m, more.shape[-1] - 1 if more.ndim == 2 else 0)
+        shapes_fit = (
+            0 < widths[0] <= widths[-1] <= store.dim
+            and axes.shape == (store.dim, widths[-1])
+            and order.shape == (n,)
+            and rows.shape == (_padded(n), m + 3)
+            and (more is None or (more.shape == (n, widths[-1] + 1) and more.dtype == torch.float32))
+        )
+        if shapes_fit:
+            # Rows of no gradient would be named as neighbours.
+            padding = torch.zeros(len(rows) - n, m + 3, dtype=rows.dtype)
+            padding[:, m + 1] = torch.inf
+            shapes_fit = torch.equal(rows[n:], padding)
+        if not shapes_fit or not 0 <= int(order.min()) <= int(order.max()) < n:
+            raise FormatError("the tensors of the index do not fit the gradients; the file was altered")
+        if rows.dtype == torch.bfloat16 and not _in_bfloat16(m, store.device):
+            return None
+        new = cls.__new__(cls)
+        new._set_up(store, axes, widths, byte_budget)
+        new._dtype, new._order, new._rows, new._more = rows.dtype, order, rows, more
+        return new
+
     @property
     def nbytes(self) -> int:
-        tensors = (self._axes, self._order, self._rows, self._more, self._norm)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for tensor in (*self.tensors().values(), self._norm))
 
     def _project(self, gradients: PolarGradients) -> tuple[Tensor, Tensor]:
         """Wᵀg and ‖g‖² in float64."""
@@ -206,6 +252,7 @@ class BoundFilter:
         query, place, bound = (
             candidates[0] if len(candidates) == 1 else (torch.cat(parts) for parts in zip(*candidates, strict=True))
         )
+        _check_enough(query, n, k)
         return self._decide(batch, query, place, bound, upper, k)
 
     def _scan(self, batch: _Batch, start: int, tile_rows: int) -> Tensor:
@@ -256,7 +303,18 @@ class BoundFilter:
             product = pair_products(batch.more, self._more, query, place)
             keep = b.square() - 2 * product - bound_error(batch.more_error, a, b) <= upper[query]
             query, row = query[keep], row[keep]
+            _check_enough(query, len(batch.norm), k)
         return nearest_pairs(batch.gradients, self._store, query, row, k, self._byte_budget)
+
+
+def _check_enough(query: Tensor, n: int, k: int) -> None:
+    """The bounds of a proper filter leave each query at least the rows that T belongs to."""
+    if int(torch.bincount(query, minlength=n).min()) < k:
+        raise FormatError("the index does not fit its gradients: the detector's file was altered; fit again")
+
+
+def _padded(n: int) -> int:
+    return -(-n // _BLOCKS) * _BLOCKS
 
 
 def _in_bfloat16(m: int, device: torch.device) -> bool:

@@ -120,7 +120,7 @@ def _shortlist(
 
 def pair_products(queries: Tensor, rows: Tensor | GradientStore, query: Tensor, row: Tensor) -> Tensor:
     """Inner products of pairs, float32 (p,); `query` is ascending."""
-    matrix = rows if isinstance(rows, Tensor) else rows.codes
+    matrix = rows if isinstance(rows, Tensor) else rows.codes_with(row)
     if matrix.dtype == torch.float32 and matrix.device.type == "cpu":
         # The product of two matrices at given places only: nothing is gathered, and each row is read once.
         _hush_sparse_warning()

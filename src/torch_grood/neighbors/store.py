@@ -14,9 +14,9 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch_grood.errors import GroodError
 from torch_grood.gradients import PolarGradients
 
-__all__ = ["GradientStore", "Spool", "StoreOptions", "StoreWriter", "as_store_options", "scratch_tensor"]
+__all__ = ["GradientStore", "RowGuard", "Spool", "StoreOptions", "StoreWriter", "as_store_options", "scratch_tensor"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 _CHUNK_BYTES = 64 * 2**20
@@ -83,6 +83,13 @@ def as_store_options(store: str | StoreOptions) -> StoreOptions:
     return StoreOptions(store)
 
 
+class RowGuard(Protocol):
+    """Checks rows of codes that lie in a file before they are first used."""
+
+    def check(self, rows: Tensor | slice) -> None:
+        """Check the given rows; an error if they are not what was written."""
+
+
 class GradientStore:
     """N gradients; see the module's docstring.
 
@@ -91,15 +98,25 @@ class GradientStore:
         codes: float32, float16 or int8 (N, d); float32 codes are the directions themselves.
         scale: 1 / ‖codes‖₂ of each row, float32 (N,), 0 for a zero row; None for float32.
         log_rounding: log of the largest ‖g - ĝ‖₂, -inf if nothing was rounded.
+        zero_rows: int64, the rows that are the zero vector; None: looked for when they are needed.
+        guard: of codes that have not been checked yet.
     """
 
     def __init__(
-        self, log_magnitude: Tensor, codes: Tensor, scale: Tensor | None = None, log_rounding: float = -float("inf")
+        self,
+        log_magnitude: Tensor,
+        codes: Tensor,
+        scale: Tensor | None = None,
+        log_rounding: float = -float("inf"),
+        zero_rows: Tensor | None = None,
+        guard: RowGuard | None = None,
     ) -> None:
         self.log_magnitude = log_magnitude
-        self.codes = codes
+        self._codes = codes
         self.scale = scale
         self.log_rounding = log_rounding
+        self._zero_rows = zero_rows
+        self._guard = guard
         self._log_norm: Tensor | None = None
         self._smallest: dict[int, float] = {}
 
@@ -114,28 +131,39 @@ class GradientStore:
         return len(self.log_magnitude)
 
     @property
+    def codes(self) -> Tensor:
+        """The codes, (N, d)."""
+        return self.codes_with(slice(None))
+
+    def codes_with(self, rows: Tensor | slice) -> Tensor:
+        """The codes, (N, d), of which only the given rows may be used."""
+        if self._guard is not None:
+            self._guard.check(rows)
+        return self._codes
+
+    @property
     def dim(self) -> int:
         """Dimension d of a gradient."""
-        return self.codes.shape[1]
+        return self._codes.shape[1]
 
     @property
     def dtype(self) -> str:
         """Of the codes, as `StoreOptions` names it."""
-        return str(self.codes.dtype).removeprefix("torch.")
+        return str(self._codes.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:
         """Where the gradients are."""
-        return self.codes.device
+        return self._codes.device
 
     @property
     def nbytes(self) -> int:
         """Bytes that the gradients take, in memory or on disk."""
-        return sum(tensor.nbytes for tensor in (self.log_magnitude, self.codes, self.scale) if tensor is not None)
+        return sum(tensor.nbytes for tensor in (self.log_magnitude, self._codes, self.scale) if tensor is not None)
 
     def directions(self, rows: Tensor | slice) -> Tensor:
         """Unit vectors, float32 (n, d); the zero vector where h = p_ood."""
-        codes = self.codes[rows]
+        codes = self.codes_with(rows)[rows]
         return codes if self.scale is None else codes.float().mul_(self.scale[rows][:, None])
 
     def take(self, rows: Tensor | slice) -> PolarGradients:
@@ -145,14 +173,21 @@ class GradientStore:
     def log_norm(self) -> Tensor:
         """Log ‖ĝ‖₂, float64 (N,): log π, but -inf for a zero vector."""
         if self._log_norm is None:
-            zero = torch.cat([~self.codes[rows].any(1) for rows in self.chunks()])
-            self._log_norm = self.log_magnitude.masked_fill(zero, -torch.inf)
+            self._log_norm = self.log_magnitude.index_fill(0, self.zero_rows(), -torch.inf)
         return self._log_norm
+
+    def zero_rows(self) -> Tensor:
+        """The rows that are the zero vector, int64: samples at the OOD prototype."""
+        if self._zero_rows is None:
+            zero = torch.cat([~self.codes_with(rows)[rows].any(1) for rows in self.chunks()])
+            self._zero_rows = zero.nonzero().flatten()
+        return self._zero_rows
 
     def smallest_log_norm(self, k: int) -> float:
         """The k-th smallest of `log_norm`; it takes a pass over all rows, once for each k."""
         if k not in self._smallest:
-            self._smallest[k] = float(self.log_norm().kthvalue(k).values)
+            norms = self.log_norm()
+            self._smallest[k] = float(norms.min() if k == 1 else norms.kthvalue(k).values)
         return self._smallest[k]
 
     def chunks(self) -> Iterator[slice]:
@@ -162,19 +197,19 @@ class GradientStore:
 
     def select(self, rows: Tensor, options: StoreOptions) -> GradientStore:
         """A copy of the given rows, int64 (n,)."""
-        codes = scratch_tensor((len(rows), self.dim), self.codes.dtype, options)
+        codes = scratch_tensor((len(rows), self.dim), self._codes.dtype, options)
         for start in range(0, len(rows), _SELECT_ROWS):
             part = slice(start, start + _SELECT_ROWS)
-            codes[part] = self.codes[rows[part]]
+            codes[part] = self.codes_with(rows[part])[rows[part]]
         scale = None if self.scale is None else self.scale[rows]
         return GradientStore(self.log_magnitude[rows], codes, scale, self.log_rounding)
 
     def extended(self, gradients: PolarGradients, options: StoreOptions) -> GradientStore:
         """A copy with more gradients at its end, rounded as its own are."""
-        added = StoreWriter(len(gradients.log_magnitude), self.dim, StoreOptions(self.dtype))
+        added = StoreWriter(len(gradients.log_magnitude), self.dim, replace(options, dtype=self.dtype))
         added.append(gradients)
         new = added.finish()
-        codes = scratch_tensor((len(self) + len(new), self.dim), self.codes.dtype, options)
+        codes = scratch_tensor((len(self) + len(new), self.dim), self._codes.dtype, options)
         codes[: len(self)], codes[len(self) :] = self.codes, new.codes
         scale = None if self.scale is None or new.scale is None else torch.cat([self.scale, new.scale])
         log_magnitude = torch.cat([self.log_magnitude, new.log_magnitude])
@@ -212,15 +247,15 @@ class StoreWriter:
         store.log_magnitude[rows] = gradients.log_magnitude
         self._written += len(gradients.log_magnitude)
         if store.scale is None:
-            store.codes[rows] = gradients.direction
+            store._codes[rows] = gradients.direction
             return
         direction = gradients.direction.double()
         codes = direction
-        if store.codes.dtype == torch.int8:
+        if store._codes.dtype == torch.int8:
             largest = direction.abs().amax(1, keepdim=True)
             codes = (direction * torch.where(largest > 0, _INT8_MAX / largest, 0.0)).round_()
-        store.codes[rows] = codes.to(store.codes.dtype)
-        length = torch.linalg.vector_norm(store.codes[rows].double(), dim=1)
+        store._codes[rows] = codes.to(store._codes.dtype)
+        length = torch.linalg.vector_norm(store._codes[rows].double(), dim=1)
         store.scale[rows] = torch.where(length > 0, 1 / length, 0.0).float()
         if len(direction):
             error = torch.linalg.vector_norm(store.directions(rows).double() - direction, dim=1)

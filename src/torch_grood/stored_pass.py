@@ -1,0 +1,235 @@
+"""A pass over images that a store remembers: what it has is taken, the rest is computed and kept for the next time.
+
+A pass consists of the loader's batches, the same ones in every run, so that their bits are the same too. A store keeps
+tensors of each batch in a *journal*, named by what they depend on beyond the model and the files:
+
+    features        features, logits, content hashes, shape and range of the images
+    content-SEED    pseudo-random numbers of the images, which decide what is mixed and what a subset keeps
+    sums of LAYER   running sums of the early prototypes, of all batches up to one
+
+So another λ, source or index needs no pass at all, another seed no model, and a killed run only what it had not kept.
+All else that `fit` collects follows from these in the order of the batches. Images to mix are not kept: their positions
+are known from the numbers, and they are read once more at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_grood._progress import Progress, track
+from torch_grood.errors import GroodError
+from torch_grood.feature_store import Columns, FeatureStore, Step, Sums
+from torch_grood.features import Extraction, FeatureExtractor, model_fingerprint
+from torch_grood.outliers import content_keys
+from torch_grood.provenance import content_hashes
+from torch_grood.training_pass import Members, TrainingPass, shape_and_range
+
+__all__ = ["StoredExtraction", "run_stored", "stored_extractions"]
+
+# To be raised when the same model and images come to have other features or other content numbers.
+FEATURES_VERSION = 1
+_FEATURES = "features"
+
+
+def run_stored(passed: TrainingPass, loader: Iterable[Any], store: FeatureStore, progress: Progress) -> None:
+    """Let `passed` take all of the loader's batches.
+
+    Raises:
+        GroodError: as `TrainingPass.add`; or if the store does not take the loader, or cannot be written.
+    """
+    run = _StoredRun(passed, loader, _checked(store))
+    for step in track(run.steps(), progress, "fit"):
+        run.take(step)
+    run.finish()
+
+
+class _StoredRun:
+    """One training pass over one loader with one store."""
+
+    def __init__(self, passed: TrainingPass, loader: Iterable[Any], store: FeatureStore) -> None:
+        self._passed = passed
+        first = store.first_image(loader)
+        probe = passed.start(first)
+        self._stored = store.open(loader, _key(passed.extractor, probe, passed.left_out()), probe)
+        passed.read_again = self._stored.images
+        self._templates = {_FEATURES: _none_of(_features(probe, first))}
+        self._content: str | None = None
+        if passed.needs_content:
+            self._content = f"content-{passed.seed}"
+            self._templates[self._content] = _none_of(self._content_of(first))
+        self._early = passed.early_prototypes
+        self._layer = None if self._early is None else passed.extractor.early_layer
+        # Batches before this one were in the sums from the start, those before the other are in what is kept of them.
+        self._summed = self._kept_sums = self._restore_sums()
+        self._changed: set[int] = set()
+
+    def steps(self) -> Iterable[Step]:
+        return self._stored.steps(self._templates, self._layer)
+
+    def take(self, step: Step) -> None:
+        """Take a batch: what is kept of it from there, the rest from its images."""
+        passed = self._passed
+        members = passed.members(step.labels, len(step.labels))
+        is_summed = self._early is None or step.batch < self._summed
+        features, content = self._columns(step, members, is_summed)
+        if len(members.rows):
+            found = Extraction(features["features"], features["logits"])
+            passed.collect(members, found, features["hashes"])
+            if self._early is not None and is_summed:
+                self._early.counts += torch.bincount(members.rows, minlength=len(self._early.counts))
+            passed.measure(tuple(features["shape"][0].tolist()), (features["low"][0], features["high"][0]))
+            if content is not None:
+                passed.take_content(content, step.positions[members.taking_part], found.logits)
+            passed.say_memory()
+        if step.images is not None:
+            for journal, columns in ((_FEATURES, features), (self._content, content)):
+                if journal is not None and columns is not None and journal not in step.kept:
+                    self._stored.keep(step, journal, columns)
+            if not is_summed:
+                self._changed.update(members.rows.tolist())
+            if self._stored.flush(force=False):
+                self._keep_sums(step.batch + 1, force=False)
+
+    def _columns(self, step: Step, members: Members, is_summed: bool) -> tuple[Columns, Columns | None]:
+        """Columns of the features, and of the content if that is needed."""
+        if len(members.rows) == 0:
+            return self._templates[_FEATURES], self._templates.get(self._content or "")
+        features, content = step.kept.get(_FEATURES), step.kept.get(self._content or "")
+        if step.images is not None:
+            images = members.of(step.images)
+            if features is None or not is_summed:
+                found = self._passed.run_model(images, members, None if is_summed else self._early)
+                features = features or _features(found, images)
+            if content is None and self._content is not None:
+                content = self._content_of(images)
+        assert features is not None
+        return features, content
+
+    def finish(self) -> None:
+        """Write what is not written yet."""
+        self._stored.flush(force=True)
+        self._keep_sums(len(self._stored), force=True)
+
+    def _content_of(self, images: Tensor) -> Columns:
+        priorities = self._passed.reservoir.priorities(images)
+        return {"priorities": priorities, "keys": content_keys(images, self._passed.seed)}
+
+    def _restore_sums(self) -> int:
+        """Set the early prototypes to what is kept of them; the number of batches in them."""
+        end = 0
+        if self._layer is not None and self._early is not None:
+            device = next(self._passed.extractor.model.parameters()).device
+            for sums in self._stored.sums(self._layer):
+                self._early.restore(self._passed.rows_of(sums.labels), sums.values, device)
+                end = sums.end
+        return end
+
+    def _keep_sums(self, end: int, *, force: bool) -> None:
+        """Write the sums that changed; forced, also that none did since."""
+        early = self._early
+        if self._layer is None or early is None or early.sample_size == 0 or end <= self._kept_sums:
+            return
+        rows = torch.tensor(sorted(self._changed), dtype=torch.int64)
+        if force or self._stored.wants_sums(self._layer, len(rows) * early.sample_size * 8):
+            self._stored.keep_sums(self._layer, Sums(end, self._passed.class_ids[rows], early.sums_of(rows)))
+            self._changed.clear()
+            self._kept_sums = end
+
+
+class StoredExtraction(NamedTuple):
+    """What is known of a batch of b images.
+
+    Attributes:
+        found: features (b, d) and logits (b, C), on the CPU.
+        hashes: see `content_hashes`.
+        shape: of each image.
+    """
+
+    found: Extraction
+    hashes: Tensor
+    shape: tuple[int, ...]
+
+
+def stored_extractions(
+    extractor: FeatureExtractor,
+    loader: Iterable[Any],
+    store: FeatureStore,
+    *,
+    left_out: Sequence[int] = (),
+    progress: Progress = None,
+    description: str = "extract",
+) -> Generator[StoredExtraction]:
+    """Features of all of the loader's images, batch by batch; batches without an image are passed over.
+
+    Args:
+        extractor: of the model.
+        loader: of known files.
+        store: takes what it does not have.
+        left_out: images with these labels are passed over.
+        progress: see `GROOD.fit`.
+        description: of the progress bar.
+
+    Raises:
+        GroodError: if the store does not take the loader, or cannot be written.
+    """
+    first = _checked(store).first_image(loader)
+    probe = extractor(first)
+    stored = store.open(loader, _key(extractor, probe, left_out), probe)
+    template = _none_of(_features(probe, first))
+    unwanted = torch.tensor(list(left_out), dtype=torch.int64)
+    for step in track(stored.steps({_FEATURES: template}), progress, description):
+        columns = step.kept.get(_FEATURES)
+        if columns is None:
+            assert step.images is not None
+            wanted = ~torch.isin(step.labels, unwanted)
+            images = step.images if bool(wanted.all()) else step.images[wanted]
+            columns = _features(extractor(images), images) if len(images) else template
+            stored.keep(step, _FEATURES, columns)
+            stored.flush(force=False)
+        if len(columns["features"]):
+            found = Extraction(columns["features"], columns["logits"])
+            yield StoredExtraction(found, columns["hashes"], tuple(columns["shape"][0].tolist()))
+    stored.flush(force=True)
+
+
+def _features(found: Extraction, images: Tensor) -> Columns:
+    """The columns of the journal of features, of n ≥ 1 images; the last three have one row for all of them."""
+    shape, channel_range = shape_and_range(images)
+    assert channel_range is not None
+    return {
+        "features": found.features.cpu(),
+        "logits": found.logits.cpu(),
+        "hashes": content_hashes(images),
+        "shape": torch.tensor([shape]),
+        "low": channel_range[0][None],
+        "high": channel_range[1][None],
+    }
+
+
+def _none_of(columns: Columns) -> Columns:
+    return {name: column[:0] for name, column in columns.items()}
+
+
+def _key(extractor: FeatureExtractor, probe: Extraction, left_out: Sequence[int]) -> dict[str, Any]:
+    """All that features depend on, beside the images."""
+    return {
+        "features_version": FEATURES_VERSION,
+        "weights": model_fingerprint(extractor.model).weights,
+        "head": extractor.head,
+        "dtype": str(probe.features.dtype).removeprefix("torch."),
+        "device": probe.features.device.type,
+        # Images of classes that are left out do not run through the model, and another batch has other bits.
+        "left_out": sorted(left_out),
+    }
+
+
+def _checked(store: Any) -> FeatureStore:
+    if not isinstance(store, FeatureStore):
+        raise GroodError(
+            f"cache must keep features, as torch_grood.data.FeatureCache(folder) does; got {type(store).__name__}"
+        )
+    return store
