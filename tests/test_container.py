@@ -405,6 +405,30 @@ def test_an_altered_block_is_found_when_it_is_used_and_not_before(
     assert n_spared > 0
 
 
+@pytest.mark.parametrize("kind", ["filter", "float16", "int8 filter"])
+def test_a_row_that_lies_in_two_blocks_needs_both(
+    kind: str, large: Callable[[str], Path], lazily: Callable[..., GROOD]
+) -> None:
+    path = large(kind)
+    whole, n = GROOD.load(path)._need_state().searcher.gradients, 2000
+    row_bytes = len(place_of(path, "direction")) // n
+    straddling = [row for row in range(n) if row * row_bytes // BLOCK != ((row + 1) * row_bytes - 1) // BLOCK]
+    assert straddling
+    for rows in (
+        [straddling[0]],
+        straddling[:1] * 3,
+        [straddling[0] - 1],
+        [straddling[0] + 1],
+        [0, *straddling],
+        [n - 1],
+    ):
+        detector = lazily(path)
+        found = detector._need_state().searcher.gradients.directions(torch.tensor(rows))
+        assert torch.equal(found, whole.directions(torch.tensor(rows)))
+        ends = [byte for row in rows for byte in (row * row_bytes, (row + 1) * row_bytes - 1)]
+        assert touched(detector) == {byte // BLOCK for byte in ends}
+
+
 def test_a_row_is_checked_once(
     large: Callable[[str], Path], lazily: Callable[..., GROOD], monkeypatch: pytest.MonkeyPatch
 ) -> None:
