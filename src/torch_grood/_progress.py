@@ -17,7 +17,8 @@ def track(batches: Iterable[Any], progress: Progress, description: str) -> Itera
         return batches
     if callable(progress):
         return progress(batches)
-    from tqdm.auto import tqdm
+    # Not tqdm.auto: its bars call iter() once more when they are made, which starts a DataLoader's workers twice.
+    from tqdm import tqdm
 
     # disable=None: tqdm shows itself on a terminal only.
     bar: Iterable[Any] = tqdm(batches, desc=description, unit="batch", disable=None if progress is None else False)
