@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,7 +27,6 @@ from torch_grood.cli._common import (
     WorkersOption,
     check_output,
     held_out_source,
-    read_transform,
     report_bad,
     report_ignored,
     reporting,
@@ -48,12 +47,19 @@ from torch_grood.cli._search import (
     store_of,
     subset_of,
 )
+from torch_grood.cli._transform import (
+    CropOption,
+    MeanOption,
+    ResizeOption,
+    StdOption,
+    TransformOption,
+    transform_of,
+)
 from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
     from torch_grood import FitInfo
-    from torch_grood.data import ImageLoader, ImageSource, ImageTransform
-    from torch_grood.models import LoadedModel
+    from torch_grood.data import ImageLoader, ImageSource
     from torch_grood.outliers import OutlierSource
 
 __all__ = ["fit"]
@@ -106,28 +112,11 @@ def fit(
     weights: WeightsOption = None,
     num_classes: NumClassesOption = None,
     device: DeviceOption = Device.auto,
-    transform: Annotated[
-        str | None,
-        typer.Option(
-            "--transform",
-            metavar="NAME|FILE",
-            help="The model's preprocessing: cifar10, cifar100, imagenet or a .json file. torchvision's and timm's "
-            "models bring their own.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    resize: Annotated[
-        int | None, typer.Option("--resize", min=1, help="Of it: the shorter side.", rich_help_panel=MODEL)
-    ] = None,
-    crop: Annotated[
-        int | None, typer.Option("--crop", min=1, help="Of it: the centre crop.", rich_help_panel=MODEL)
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option("--mean", metavar="R,G,B", help="Of it: in 0 … 1.", rich_help_panel=MODEL)
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option("--std", metavar="R,G,B", help="Of it: in 0 … 1.", rich_help_panel=MODEL)
-    ] = None,
+    transform: TransformOption = None,
+    resize: ResizeOption = None,
+    crop: CropOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
     outliers: Annotated[
         _Outliers, typer.Option("--outliers", help="Where the OOD prototype comes from.", rich_help_panel=OUTLIERS)
     ] = _Outliers.mixup,
@@ -189,7 +178,7 @@ def fit(
     loaded = load_model(model, weights, num_classes)
     if source.classes is None and loaded.classes is not None:
         source = replace(source, classes=loaded.classes)
-    prepared = _transform(loaded, transform, resize, crop, mean, std)
+    prepared = transform_of(loaded, transform, resize, crop, mean, std)
 
     def loader_of(images: ImageSource) -> ImageLoader:
         return image_loader(
@@ -245,40 +234,6 @@ def fit(
     if not quiet:
         for name, value in rows(facts(detector, output)):
             typer.echo(f"{name:<18} {value}")
-
-
-def _transform(
-    loaded: LoadedModel, name: str | None, resize: int | None, crop: int | None, mean: str | None, std: str | None
-) -> ImageTransform:
-    """The user's preprocessing, else the model's own; a guess would give scores that mean nothing."""
-    from torch_grood.data import PRESETS, ImageTransform
-
-    base = loaded.transform if name is None else read_transform(name)
-    changes: dict[str, Any] = {
-        key: value
-        for key, value in {
-            "resize": resize,
-            "crop": crop,
-            "mean": None if mean is None else _triple("--mean", mean),
-            "std": None if std is None else _triple("--std", std),
-        }.items()
-        if value is not None
-    }
-    if base is not None:
-        return replace(base, **changes)
-    if mean is None or std is None:
-        raise GroodError(
-            f"{loaded.spec} does not say how its images are prepared; add --transform ({', '.join(PRESETS)} or a .json "
-            "file), or --resize, --crop, --mean and --std, as in the model's training"
-        )
-    return ImageTransform(resize, crop, "bilinear", changes["mean"], changes["std"])
-
-
-def _triple(option: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise GroodError(f"{option} must be three numbers such as 0.485,0.456,0.406; got {text!r}") from None
 
 
 def _outlier_source(kind: _Outliers, n: int | None, lam: float | None, images: ImageLoader | None) -> OutlierSource:
