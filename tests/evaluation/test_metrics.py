@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -15,16 +16,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from sklearn import metrics as sklearn_metrics
 
 from torch_grood.errors import GroodError
 from torch_grood.evaluation import (
     aupr_id,
     aupr_ood,
     auroc,
+    classifier_accuracy,
     clopper_pearson,
     detection_metrics,
     id_flagged_at_ood_caught,
     ood_accepted_at_id_kept,
+    openood_metrics,
+    prototype_accuracy,
 )
 
 Metric = Callable[..., float]
@@ -91,6 +96,172 @@ def test_by_hand() -> None:
     assert id_flagged_at_ood_caught(id_scores, ood_scores, 0.51) == 0.25  # τ = 3.5 flags the 4
     assert aupr_ood(id_scores, ood_scores) == pytest.approx(1 / 2 * 1 + 1 / 2 * 2 / 3)
     assert aupr_id(id_scores, ood_scores) == pytest.approx(3 / 4 * 1 + 1 / 4 * 4 / 5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(score_lists, score_lists)
+def test_the_whole_is_its_parts(id_scores: list[float], ood_scores: list[float]) -> None:
+    metrics, openood = detection_metrics(id_scores, ood_scores), openood_metrics(id_scores, ood_scores)
+    assert metrics.to_dict() == {
+        "auroc": auroc(id_scores, ood_scores),
+        "ood_accepted_at_95_id_kept": ood_accepted_at_id_kept(id_scores, ood_scores),
+        "id_flagged_at_95_ood_caught": id_flagged_at_ood_caught(id_scores, ood_scores),
+        "aupr_ood": aupr_ood(id_scores, ood_scores),
+        "aupr_id": aupr_id(id_scores, ood_scores),
+        "openood_fpr95": openood.fpr95,
+        "openood_aupr_ood": openood.aupr_out,
+        "openood_aupr_id": openood.aupr_in,
+        "n_id": len(id_scores),
+        "n_ood": len(ood_scores),
+    }
+
+
+def test_equal_to_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    for values in (3, 50, 10**9):
+        id_scores, ood_scores = rng.integers(0, values, 700) / 7, rng.integers(0, values, 400) / 6
+        is_ood, scores = np.repeat([0, 1], [700, 400]), np.r_[id_scores, ood_scores]
+        assert auroc(id_scores, ood_scores) == pytest.approx(sklearn_metrics.roc_auc_score(is_ood, scores), abs=1e-14)
+        assert aupr_ood(id_scores, ood_scores) == pytest.approx(
+            sklearn_metrics.average_precision_score(is_ood, scores), abs=1e-14
+        )
+        assert aupr_id(id_scores, ood_scores) == pytest.approx(
+            sklearn_metrics.average_precision_score(1 - is_ood, -scores), abs=1e-14
+        )
+
+
+def openood_by_scikit_learn(id_scores: NDArray[Any], ood_scores: NDArray[Any]) -> tuple[float, float, float, float]:
+    """OpenOOD's definitions: scikit-learn's curves of confidences, OOD positive; FPR, AUROC, AUPR in and out."""
+    confidences, is_ood = -np.r_[id_scores, ood_scores], np.repeat([0, 1], [len(id_scores), len(ood_scores)])
+    false, true, _ = sklearn_metrics.roc_curve(is_ood, -confidences)
+    areas = []
+    for positive, sign in ((1 - is_ood, 1), (is_ood, -1)):
+        precision, recall, _ = sklearn_metrics.precision_recall_curve(positive, sign * confidences)
+        areas.append(sklearn_metrics.auc(recall, precision))
+    return float(false[np.argmax(true >= 0.95)]), sklearn_metrics.auc(false, true), areas[0], areas[1]
+
+
+def brute_trapezoidal_aupr(positive: list[float], negative: list[float]) -> float:
+    points = [(0.0, 1.0)]
+    for t in sorted({*positive, *negative}, reverse=True):
+        true, false = sum(p >= t for p in positive), sum(q >= t for q in negative)
+        points.append((true / len(positive), true / (true + false)))
+    return sum((r2 - r1) * (p1 + p2) / 2 for (r1, p1), (r2, p2) in itertools.pairwise(points))
+
+
+@pytest.mark.parametrize("values", [1, 2, 5, 40, 10**12])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_openood_to_the_last_bit(values: int, dtype: type[np.floating[Any]]) -> None:
+    rng = np.random.default_rng(values)
+    for _ in range(40):
+        n, m = rng.integers(1, 300, 2)
+        id_scores = (rng.integers(0, values, n) / 7).astype(dtype)
+        ood_scores = (rng.integers(0, values, m) / 7 + rng.integers(0, 2) * values / 20).astype(dtype)
+        assert openood_metrics(id_scores, ood_scores) == openood_by_scikit_learn(id_scores, ood_scores)
+
+
+@settings(max_examples=100, deadline=None)
+@given(score_lists, score_lists)
+def test_openood_by_brute_force(id_scores: list[float], ood_scores: list[float]) -> None:
+    found = openood_metrics(id_scores, ood_scores)
+    assert found.auroc == pytest.approx(brute_auroc(id_scores, ood_scores), abs=1e-12)
+    assert found.aupr_out == pytest.approx(brute_trapezoidal_aupr(ood_scores, id_scores), abs=1e-12)
+    mirrored = [-s for s in id_scores], [-s for s in ood_scores]
+    assert found.aupr_in == pytest.approx(brute_trapezoidal_aupr(*mirrored), abs=1e-12)
+    exact = id_flagged_at_ood_caught(id_scores, ood_scores)
+    assert found.fpr95 >= exact
+    if len({*id_scores, *ood_scores}) == len(id_scores) + len(ood_scores):
+        assert found.fpr95 == exact
+
+
+def test_openood_by_hand() -> None:
+    """From the top: OOD 5, ID 4, OOD 3.5, and then ID 3, 2, 1."""
+    found = openood_metrics([1.0, 2.0, 3.0, 4.0], [3.5, 5.0])
+    assert (found.fpr95, found.auroc) == (0.25, 7 / 8)
+    # (recall, precision): (0, 1), (1/2, 1), (1/2, 1/2), (1, 2/3), then recall stays.
+    assert found.aupr_out == pytest.approx(1 / 2 * 1 + 1 / 2 * (1 / 2 + 2 / 3) / 2)
+    # (3/4, 1), (3/4, 3/4), (1, 4/5), and average precision would be 3/4 + 1/4 · 4/5.
+    assert found.aupr_in == pytest.approx(3 / 4 * 1 + 1 / 4 * (3 / 4 + 4 / 5) / 2)
+
+
+def test_openood_passes_over_thresholds_where_scores_tie() -> None:
+    """Scores 1 … 20, each of one ID and one OOD sample: the ROC curve is the diagonal, and only its ends are kept.
+
+    At score 2, 19 of 20 OOD samples are caught and as many ID samples flagged: 0.95. OpenOOD sees the last point: 1.
+    """
+    scores = np.arange(1.0, 21.0)
+    assert id_flagged_at_ood_caught(scores, scores) == 0.95
+    assert openood_metrics(scores, scores).fpr95 == openood_by_scikit_learn(scores, scores)[0] == 1.0
+
+
+def test_openood_of_constant_scores() -> None:
+    """One point at recall 1 and precision m / (n + m), and the way to precision 1 at recall 0: no longer prevalence."""
+    found = openood_metrics([2.0] * 6, [2.0] * 2)
+    assert found == (1.0, 0.5, (6 / 8 + 1) / 2, (2 / 8 + 1) / 2)
+
+
+def test_openood_stops_at_infinity_where_we_rank() -> None:
+    id_scores, ood_scores = np.array([-np.inf, 0.0, 1.0]), np.array([0.5, np.inf])
+    with pytest.raises(ValueError, match="infinity"), np.errstate(invalid="ignore"):
+        openood_by_scikit_learn(id_scores, ood_scores)
+    finite = openood_by_scikit_learn(np.array([-9.0, 0.0, 1.0]), np.array([0.5, 9.0]))
+    assert openood_metrics(id_scores, ood_scores) == finite
+
+
+def test_classifier_accuracy() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, -math.inf, 5.0], [1.0, 1.0, 0.0]])
+    assert classifier_accuracy(logits, torch.tensor([0, 2, 1, 0])) == 0.75  # of equal logits the first counts
+    assert classifier_accuracy(logits.half(), torch.tensor([1, 1, 1, 1], dtype=torch.int32)) == 0.0
+
+
+def test_prototype_accuracy() -> None:
+    prototypes = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
+    features = torch.tensor([[1.0, 1.0], [3.0, 0.0], [1.9, 9.0], [2.1, 0.0], [2.0, -7.0]])
+    assert prototype_accuracy(features, prototypes, torch.tensor([0, 1, 2, 0, 0])) == 0.8  # (2.1, 0) is nearer to 1
+
+
+def test_prototype_accuracy_far_from_the_origin_and_in_blocks() -> None:
+    """Of squares near 1e16 float64 keeps no difference of 1, unless they are taken from the prototypes' centre."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, (9000,), generator=generator)
+    prototypes = 1e8 + torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    features = prototypes[labels] + 0.4 * torch.randn(9000, 3, generator=generator, dtype=torch.float64)
+    nearest = torch.cdist(features, prototypes, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    expected = float((nearest == labels).double().mean())
+    assert 0.5 < expected < 1
+    assert prototype_accuracy(features, prototypes, labels) == expected
+
+
+@pytest.mark.parametrize(
+    ("samples", "labels", "message"),
+    [
+        (torch.ones(3, 2), None, "no labels"),
+        (torch.ones(0, 2), torch.empty(0, dtype=torch.int64), "no samples"),
+        (torch.ones(3, 2), torch.zeros(2, dtype=torch.int64), r"\(3, 2\) and labels \(2,\)"),
+        (torch.ones(3, 2), torch.zeros(3), "whole numbers, got torch.float32"),
+        (torch.ones(3, 2), torch.tensor([0, 1, -1]), "1 of 3 labels are none of the 2 classes.*sample 2: -1"),
+        (torch.ones(3, 2), torch.tensor([0, 2, 3]), "2 of 3 labels are none of the 2 classes.*sample 1: 2"),
+        (torch.tensor([[0.0, 1.0], [math.nan, 0.0]]), torch.tensor([0, 1]), "of 1 of 2 samples are N.*sample 1"),
+    ],
+)
+def test_accuracies_of_bad_input(samples: torch.Tensor, labels: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(GroodError, match=message):
+        classifier_accuracy(samples, labels)
+    with pytest.raises(GroodError, match=message.replace("are N", "are not finite")):
+        prototype_accuracy(samples, torch.eye(2), labels)
+
+
+def test_accuracies_of_bad_shapes_and_prototypes() -> None:
+    label = torch.tensor([0])
+    for logits in (torch.tensor(1.0), torch.ones(1), torch.ones(1, 2, 1)):
+        with pytest.raises(GroodError, match="expected logits"):
+            classifier_accuracy(logits, label)
+        with pytest.raises(GroodError, match=r"expected features \(n, d\)"):
+            prototype_accuracy(logits, torch.eye(2), label)
+    with pytest.raises(GroodError, match=r"\(1, 3\) and \(2, 2\)"):
+        prototype_accuracy(torch.ones(1, 3), torch.eye(2), label)
+    with pytest.raises(GroodError, match="prototype is not finite"):
+        prototype_accuracy(torch.ones(1, 2), torch.tensor([[0.0, 1.0], [math.inf, 0.0]]), label)
 
 
 def test_the_two_conventions_differ() -> None:
@@ -198,6 +369,9 @@ def test_to_dict_is_json() -> None:
         "id_flagged_at_95_ood_caught": 0.0,
         "aupr_ood": 1.0,
         "aupr_id": 1.0,
+        "openood_fpr95": 0.0,
+        "openood_aupr_ood": 1.0,
+        "openood_aupr_id": 1.0,
         "n_id": 2,
         "n_ood": 1,
     }
@@ -205,7 +379,7 @@ def test_to_dict_is_json() -> None:
         metrics.auroc = 0.0  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("metric", [*METRICS, detection_metrics])
+@pytest.mark.parametrize("metric", [*METRICS, detection_metrics, openood_metrics])
 @pytest.mark.parametrize(
     ("id_scores", "ood_scores", "message"),
     [

@@ -7,19 +7,19 @@ Two different figures go by the name "FPR@95" in the literature. Here neither do
 - `ood_accepted_at_id_kept`: the share of OOD that is accepted when the threshold keeps at least 95 % of ID.
   What most papers print.
 - `id_flagged_at_ood_caught`: the share of ID that is flagged when the threshold catches at least 95 % of OOD.
-  What OpenOOD prints.
+  What OpenOOD prints, but for ties (`openood_metrics`).
 
-All figures depend on the order of the scores only, so scores are replaced by their ranks before scikit-learn sees
-them. Infinite scores are therefore legal (−∞ is the most ID, +∞ the most OOD), scores that differ in the last bit or
-lie at 1e-300 stay apart, and any strictly increasing map of the scores changes nothing. Equal scores stand or fall
-together: no threshold can part them.
+All figures depend on the order of the scores only: both sets are sorted once, and every figure comes from the counts at
+or below each distinct score. Infinite scores are therefore legal (−∞ is the most ID, +∞ the most OOD), scores that
+differ in the last bit or lie at 1e-300 stay apart, and any strictly increasing map of the scores changes nothing. Equal
+scores stand or fall together: no threshold can part them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,16 +31,23 @@ from torch_grood.errors import GroodError
 
 __all__ = [
     "DetectionMetrics",
+    "OpenOODMetrics",
+    "Scores",
     "aupr_id",
     "aupr_ood",
     "auroc",
+    "classifier_accuracy",
     "clopper_pearson",
     "detection_metrics",
     "id_flagged_at_ood_caught",
     "ood_accepted_at_id_kept",
+    "openood_metrics",
+    "prototype_accuracy",
 ]
 
 Scores = Tensor | ArrayLike
+
+_BLOCK_ROWS = 4096  # bounds the matrix of distances to the prototypes
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,10 @@ class DetectionMetrics:
         id_flagged_at_95_ood_caught: share of ID flagged when at least 95 % of OOD is caught ("FPR@95" in OpenOOD).
         aupr_ood: average precision with OOD as the positive class.
         aupr_id: average precision with ID as the positive class.
-        n_id: number of ID scores; n_ood: number of OOD scores. The two AUPR depend on their ratio.
+        openood_fpr95: that share of flagged ID as OpenOOD computes it, larger where scores tie (`openood_metrics`).
+        openood_aupr_ood: OpenOOD's trapezoidal AUPR with OOD as the positive class.
+        openood_aupr_id: OpenOOD's trapezoidal AUPR with ID as the positive class.
+        n_id: number of ID scores; n_ood: number of OOD scores. All AUPR depend on their ratio.
     """
 
     auroc: float
@@ -61,6 +71,9 @@ class DetectionMetrics:
     id_flagged_at_95_ood_caught: float
     aupr_ood: float
     aupr_id: float
+    openood_fpr95: float
+    openood_aupr_ood: float
+    openood_aupr_id: float
     n_id: int
     n_ood: int
 
@@ -69,8 +82,26 @@ class DetectionMetrics:
         return dataclasses.asdict(self)
 
 
+class OpenOODMetrics(NamedTuple):
+    """What OpenOOD v1.5 prints of one pair of sets, each in [0, 1].
+
+    Attributes:
+        fpr95: share of ID flagged at the first point of OpenOOD's ROC curve where 95 % of OOD is caught.
+        auroc: area under that curve.
+        aupr_in: trapezoidal area under the precision-recall curve, ID as the positive class.
+        aupr_out: the same with OOD as the positive class.
+    """
+
+    fpr95: float
+    auroc: float
+    aupr_in: float
+    aupr_out: float
+
+
 def auroc(id_scores: Scores, ood_scores: Scores) -> float:
     """Area under the ROC curve: the chance that an OOD sample scores above an ID sample, ties counting one half.
+
+    The pairs are counted as integers, so the figure is the true quotient, rounded once.
 
     Args:
         id_scores: (n,) numbers, higher = more OOD; infinities are legal.
@@ -79,8 +110,7 @@ def auroc(id_scores: Scores, ood_scores: Scores) -> float:
     Raises:
         GroodError: if a set is empty, not 1-D, not real numbers, or holds NaN.
     """
-    ranks, is_ood = _ranked(*_both(id_scores, ood_scores))
-    return float(require("sklearn.metrics", extra="bench").roc_auc_score(is_ood, ranks))
+    return _auroc(_curve(*_both(id_scores, ood_scores)))
 
 
 def ood_accepted_at_id_kept(id_scores: Scores, ood_scores: Scores, level: float = 0.95) -> float:
@@ -97,13 +127,11 @@ def ood_accepted_at_id_kept(id_scores: Scores, ood_scores: Scores, level: float 
     Raises:
         GroodError: as `auroc`, or if `level` is outside (0, 1].
     """
-    id_array, ood_array = _both(id_scores, ood_scores)
-    threshold = np.sort(id_array)[_count_for(level, id_array.size) - 1]
-    return float(np.mean(ood_array <= threshold))
+    return _ood_accepted(_curve(*_both(id_scores, ood_scores)), level)
 
 
 def id_flagged_at_ood_caught(id_scores: Scores, ood_scores: Scores, level: float = 0.95) -> float:
-    """Share of ID that is flagged when at least `level` of OOD is caught ("FPR@95" in OpenOOD).
+    """Share of ID that is flagged when at least `level` of OOD is caught ("FPR@95" in OpenOOD, but for ties).
 
     The threshold is the highest OOD score at or above which `level` of the OOD scores lie; a sample is flagged if its
     score reaches it. Lower is better.
@@ -116,9 +144,7 @@ def id_flagged_at_ood_caught(id_scores: Scores, ood_scores: Scores, level: float
     Raises:
         GroodError: as `auroc`, or if `level` is outside (0, 1].
     """
-    id_array, ood_array = _both(id_scores, ood_scores)
-    threshold = np.sort(ood_array)[ood_array.size - _count_for(level, ood_array.size)]
-    return float(np.mean(id_array >= threshold))
+    return _id_flagged(_curve(*_both(id_scores, ood_scores)), level)
 
 
 def aupr_ood(id_scores: Scores, ood_scores: Scores) -> float:
@@ -134,8 +160,7 @@ def aupr_ood(id_scores: Scores, ood_scores: Scores) -> float:
     Raises:
         GroodError: as `auroc`.
     """
-    ranks, is_ood = _ranked(*_both(id_scores, ood_scores))
-    return float(require("sklearn.metrics", extra="bench").average_precision_score(is_ood, ranks))
+    return _average_precision(_curve(*_both(id_scores, ood_scores)).catching_ood())
 
 
 def aupr_id(id_scores: Scores, ood_scores: Scores) -> float:
@@ -148,12 +173,36 @@ def aupr_id(id_scores: Scores, ood_scores: Scores) -> float:
     Raises:
         GroodError: as `auroc`.
     """
-    ranks, is_ood = _ranked(*_both(id_scores, ood_scores))
-    return float(require("sklearn.metrics", extra="bench").average_precision_score(~is_ood, -ranks))
+    return _average_precision(_curve(*_both(id_scores, ood_scores)).keeping_id())
+
+
+def openood_metrics(id_scores: Scores, ood_scores: Scores) -> OpenOODMetrics:
+    """What OpenOOD v1.5 computes of confidences −S, to the last bit (its openood/evaluators/metrics.py).
+
+    Its figures come from scikit-learn's curves, and differ from this module's own in two ways:
+
+    - AUPR is the trapezoidal area, as a rule another number than the average precision: 1 − ½ n / (n + m) for constant
+      scores (n, m: negatives, positives). Until its issue 211 (December 2023) was mended, OpenOOD printed the two AUPR
+      under each other's names.
+    - FPR@95 is read off a curve from which collinear points are dropped. Without ties nothing is lost. With ties it may
+      pass over the first threshold that catches 95 % and report a later one: never less than
+      `id_flagged_at_ood_caught`, and up to 1 in its place.
+
+    OpenOOD itself stops at NaN and at infinities. NaN is an error here, too; infinite scores are ranked.
+
+    Args:
+        id_scores: (n,) numbers, higher = more OOD. OpenOOD keeps confidences as the method returns them, often in
+            float32, where more scores tie: pass the same numbers to get the same figures.
+        ood_scores: (m,) likewise.
+
+    Raises:
+        GroodError: as `auroc`.
+    """
+    return _openood(_curve(*_both(id_scores, ood_scores)))
 
 
 def detection_metrics(id_scores: Scores, ood_scores: Scores) -> DetectionMetrics:
-    """Every figure of this module, for one detector on one pair of sets.
+    """Every figure of this module, for one detector on one pair of sets, which are sorted once.
 
     Args:
         id_scores: (n,) numbers, higher = more OOD; infinities are legal.
@@ -163,15 +212,67 @@ def detection_metrics(id_scores: Scores, ood_scores: Scores) -> DetectionMetrics
         GroodError: as `auroc`.
     """
     id_array, ood_array = _both(id_scores, ood_scores)
+    curve = _curve(id_array, ood_array)
+    openood = _openood(curve)
     return DetectionMetrics(
-        auroc=auroc(id_array, ood_array),
-        ood_accepted_at_95_id_kept=ood_accepted_at_id_kept(id_array, ood_array),
-        id_flagged_at_95_ood_caught=id_flagged_at_ood_caught(id_array, ood_array),
-        aupr_ood=aupr_ood(id_array, ood_array),
-        aupr_id=aupr_id(id_array, ood_array),
+        auroc=_auroc(curve),
+        ood_accepted_at_95_id_kept=_ood_accepted(curve, 0.95),
+        id_flagged_at_95_ood_caught=_id_flagged(curve, 0.95),
+        aupr_ood=_average_precision(curve.catching_ood()),
+        aupr_id=_average_precision(curve.keeping_id()),
+        openood_fpr95=openood.fpr95,
+        openood_aupr_ood=openood.aupr_out,
+        openood_aupr_id=openood.aupr_in,
         n_id=id_array.size,
         n_ood=ood_array.size,
     )
+
+
+def classifier_accuracy(logits: Tensor, labels: Tensor | None) -> float:
+    """Share of samples whose largest logit is their label's; the first of equal logits counts.
+
+    Args:
+        logits: (n, C).
+        labels: whole numbers (n,), 0 to C − 1.
+
+    Raises:
+        GroodError: if there are no samples or labels, shapes do not fit, a logit is NaN, or a label is no class.
+    """
+    labels = _checked_labels(logits, labels, classes=logits.shape[-1] if logits.ndim else 0, name="logits")
+    _refuse(logits.isnan(), "logits", "NaN")
+    return int((logits.argmax(1) == labels.to(logits.device)).sum()) / len(labels)
+
+
+def prototype_accuracy(features: Tensor, prototypes: Tensor, labels: Tensor | None) -> float:
+    """Share of samples whose nearest class prototype is their label's, in float64; the first of equally near counts.
+
+    Args:
+        features: (n, d), penultimate.
+        prototypes: (C, d), in the order of the labels.
+        labels: whole numbers (n,), 0 to C − 1.
+
+    Raises:
+        GroodError: if there are no samples or labels, shapes do not fit, a number is not finite, or a label no class.
+    """
+    if features.ndim != 2 or prototypes.ndim != 2 or features.shape[1] != prototypes.shape[1]:
+        raise GroodError(
+            f"expected features (n, d) and prototypes (C, d), got {tuple(features.shape)} and {tuple(prototypes.shape)}"
+        )
+    labels = _checked_labels(features, labels, classes=len(prototypes), name="features").to(features.device)
+    _refuse(~features.isfinite(), "features", "not finite")
+    points = prototypes.detach().to(features.device, torch.float64)
+    # ‖h − p‖² = ‖h‖² − 2 h·p + ‖p‖²; from the centre of the prototypes little of it cancels.
+    origin = points.mean(0)
+    points = points - origin
+    squares = points.square().sum(1)
+    if not bool(squares.isfinite().all()):
+        raise GroodError("a class prototype is not finite; check the features that it comes from")
+    hits = 0
+    for first in range(0, len(features), _BLOCK_ROWS):
+        block = slice(first, first + _BLOCK_ROWS)
+        h = features[block].detach().to(torch.float64) - origin
+        hits += int(((squares - 2 * (h @ points.T)).argmin(1) == labels[block]).sum())
+    return hits / len(labels)
 
 
 def clopper_pearson(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -226,13 +327,131 @@ def _as_scores(scores: Scores, name: str) -> NDArray[np.float64]:
     return array
 
 
-def _ranked(
-    id_array: NDArray[np.float64], ood_array: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Dense ranks of all scores, equal scores sharing one, and which of them are OOD."""
-    _, ranks = np.unique(np.concatenate([id_array, ood_array]), return_inverse=True)
-    is_ood = np.arange(ranks.size) >= id_array.size
-    return ranks.astype(np.int64), is_ood
+class _Found(NamedTuple):
+    """Positive and negative samples found at each threshold, from the strictest to the loosest; int64."""
+
+    positive: NDArray[np.int64]
+    negative: NDArray[np.int64]
+
+
+class _Curve(NamedTuple):
+    """How many scores of each set lie at or below each distinct score, ascending; int64."""
+
+    id_upto: NDArray[np.int64]
+    ood_upto: NDArray[np.int64]
+
+    @property
+    def n_id(self) -> int:
+        return int(self.id_upto[-1])
+
+    @property
+    def n_ood(self) -> int:
+        return int(self.ood_upto[-1])
+
+    def catching_ood(self) -> _Found:
+        """Thresholds from the highest score down, OOD being positive."""
+        return _Found(
+            (self.n_ood - _shifted(self.ood_upto))[::-1],
+            (self.n_id - _shifted(self.id_upto))[::-1],
+        )
+
+    def keeping_id(self) -> _Found:
+        """Thresholds from the lowest score up, ID being positive."""
+        return _Found(self.id_upto, self.ood_upto)
+
+
+def _curve(id_array: NDArray[np.float64], ood_array: NDArray[np.float64]) -> _Curve:
+    scores = np.concatenate([np.sort(id_array), np.sort(ood_array)])
+    order = np.argsort(scores, kind="stable")  # which merges the two sorted runs
+    ordered = scores[order]
+    last = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), scores.size - 1)
+    ood_upto = np.cumsum(order >= id_array.size, dtype=np.int64)[last]
+    return _Curve(last + 1 - ood_upto, ood_upto)
+
+
+def _shifted(upto: NDArray[np.int64]) -> NDArray[np.int64]:
+    """From counts at or below each score to counts below it."""
+    return np.concatenate([[0], upto[:-1]])
+
+
+def _auroc(curve: _Curve) -> float:
+    below = _shifted(curve.id_upto)
+    twice_won = int((np.diff(curve.ood_upto, prepend=0) * (below + curve.id_upto)).sum())
+    return twice_won / (2 * curve.n_id * curve.n_ood)
+
+
+def _ood_accepted(curve: _Curve, level: float) -> float:
+    at = np.searchsorted(curve.id_upto, _count_for(level, curve.n_id))
+    return int(curve.ood_upto[at]) / curve.n_ood
+
+
+def _id_flagged(curve: _Curve, level: float) -> float:
+    spared = curve.n_ood - _count_for(level, curve.n_ood)
+    at = np.searchsorted(curve.ood_upto, spared, side="right")
+    return (curve.n_id - int(_shifted(curve.id_upto)[at])) / curve.n_id
+
+
+def _average_precision(found: _Found) -> float:
+    precision = found.positive / (found.positive + found.negative)
+    # Weighted by whole numbers and divided last: a perfect order gives 1 and not nearly 1.
+    return float((np.diff(found.positive, prepend=0) * precision).sum() / found.positive[-1])
+
+
+def _openood(curve: _Curve) -> OpenOODMetrics:
+    caught = curve.catching_ood()
+    true, false = caught
+    if true.size > 2:
+        corners = np.r_[True, (np.diff(true, 2) != 0) | (np.diff(false, 2) != 0), True]
+        true, false = true[corners], false[corners]
+    tpr, fpr = np.r_[0, true] / true[-1], np.r_[0, false] / false[-1]
+    return OpenOODMetrics(
+        fpr95=float(fpr[np.argmax(tpr >= 0.95)]),
+        auroc=_trapezoid(fpr, tpr),
+        aupr_in=_trapezoidal_aupr(curve.keeping_id()),
+        aupr_out=_trapezoidal_aupr(caught),
+    )
+
+
+def _trapezoidal_aupr(found: _Found) -> float:
+    precision = found.positive / (found.positive + found.negative)
+    recall = found.positive / found.positive[-1]
+    # From the loosest threshold to the strictest, and on to recall 0 at precision 1: the order decides the last bit.
+    return -_trapezoid(np.append(recall[::-1], 0.0), np.append(precision[::-1], 1.0))
+
+
+def _trapezoid(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    return float((np.diff(x) * (y[1:] + y[:-1]) / 2.0).sum())
+
+
+def _checked_labels(samples: Tensor, labels: Tensor | None, *, classes: int, name: str) -> Tensor:
+    if labels is None:
+        raise GroodError("there are no labels, so there is no accuracy; pass the labels of ID samples")
+    if samples.ndim != 2 or labels.shape != (len(samples),):
+        raise GroodError(
+            f"expected {name} with one row and one label a sample, got {name} {tuple(samples.shape)} and labels "
+            f"{tuple(labels.shape)}"
+        )
+    if len(labels) == 0:
+        raise GroodError("there are no samples, so there is no accuracy; pass at least one ID sample")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise GroodError(f"labels must be whole numbers, got {labels.dtype}; convert them to int64")
+    strange = ((labels < 0) | (labels >= classes)).nonzero().flatten()
+    if len(strange):
+        row = int(strange[0])
+        raise GroodError(
+            f"{len(strange)} of {len(labels)} labels are none of the {classes} classes, the first at sample {row}: "
+            f"{int(labels[row])}; pass ID samples, labelled 0 to {classes - 1}"
+        )
+    return labels
+
+
+def _refuse(bad: Tensor, name: str, fault: str) -> None:
+    rows = bad.any(1).nonzero().flatten()
+    if len(rows):
+        raise GroodError(
+            f"the {name} of {len(rows)} of {len(bad)} samples are {fault}, the first at sample {int(rows[0])}; check "
+            "the images and the network"
+        )
 
 
 def _count_for(level: float, n: int) -> int:
