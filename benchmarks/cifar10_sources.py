@@ -28,8 +28,9 @@ from tqdm import tqdm
 from torch_grood import GROOD, Mixup, PrototypeMean, UniformNoise
 from torch_grood.data import ImageLoader, ImageTransform, image_loader, read_source
 from torch_grood.data.sources import ImageSource
-from torch_grood.evaluation.baselines import BASELINES, fit_baseline
+from torch_grood.evaluation.methods import Energy, Knn, Method, Mls, Msp
 from torch_grood.evaluation.metrics import detection_metrics
+from torch_grood.evaluation.outputs import Outputs, World
 from torch_grood.features import Extraction, FeatureExtractor
 from torch_grood.models import load_model
 from torch_grood.outliers import OutlierContext, TrainingSamples
@@ -38,6 +39,7 @@ from torch_grood.training_pass import TrainingPass
 LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 NEAR, FAR = ("cifar100", "tin"), ("mnist", "texture")
 N_OUTLIERS, N_LEFT_OUT = 1000, 100
+BASELINES: dict[str, Method] = {"MSP": Msp(precision="float64"), "MLS": Mls(), "energy": Energy(), "KNN": Knn()}
 
 
 def main() -> None:
@@ -109,9 +111,11 @@ def main() -> None:
         rows[name] = _figures({set_: scored.log_score_features(data["features"]) for set_, data in sets.items()}, wrong)
         if name in left_out:
             rows[name]["left_out"] = _leave_classes_out(train, predictions, sets["val_cifar10"], left_out[name])
-    for baseline in BASELINES:
-        scorer = fit_baseline(baseline, train)
-        rows[baseline] = _figures({set_: scorer(Extraction(**data)) for set_, data in sets.items()}, wrong)
+    for baseline, method in BASELINES.items():
+        scorer = method.fit(World(Outputs(train.features, train.logits)))
+        rows[baseline] = _figures(
+            {set_: scorer(Outputs(data["features"], data["logits"])) for set_, data in sets.items()}, wrong
+        )
     test = sets["test_cifar10"]
     result = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k != "cache"},

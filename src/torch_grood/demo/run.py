@@ -34,13 +34,15 @@ from torch_grood.demo.figure import scores_figure
 from torch_grood.demo.network import DigitsCNN, train_digits_cnn
 from torch_grood.detector import GROOD
 from torch_grood.errors import GroodError
-from torch_grood.evaluation import DetectionMetrics, clopper_pearson, detection_metrics, fit_baseline
-from torch_grood.evaluation.baselines import KNN_NEIGHBORS
+from torch_grood.evaluation import DetectionMetrics, clopper_pearson, detection_metrics
+from torch_grood.evaluation.methods import Energy, Knn, Method, Msp
+from torch_grood.evaluation.outputs import Outputs, World
 
 __all__ = ["DemoResult", "FalseAlarms", "run_demo"]
 
 FPR = 0.05
-BASELINES_SHOWN = ("MSP", "energy", "KNN")
+# In float32 the surest predictions have the same MSP, and no threshold could part them.
+BASELINES_SHOWN: dict[str, Method] = {"MSP": Msp(precision="float64"), "energy": Energy(), "KNN": Knn()}
 NEAR, FAR = ("near",), ("photos", "noise")
 DETECTOR_FILE, WEIGHTS_FILE, RESULTS_FILE, FIGURE_FILE = (
     "digits.grood",
@@ -181,10 +183,12 @@ def _run(folder: Path, seed: int, clock: _Clock) -> DemoResult:
         tested = ("test", *NEAR, *FAR)
         predictions = {name: detector.predict(batches[name], progress=False) for name in tested}
     with clock.step("baselines", f"scoring with {', '.join(BASELINES_SHOWN)}"):
-        outputs = {name: detector.extract(batches[name], progress=False) for name in ("train", *tested)}
+        extracted = {name: detector.extract(batches[name], progress=False) for name in ("train", *tested)}
+        outputs = {name: Outputs(found.features, found.logits) for name, found in extracted.items()}
+        world = World(outputs["train"], seed=seed)
         scores = {"GROOD": {name: prediction.score for name, prediction in predictions.items()}}
-        for baseline in BASELINES_SHOWN:
-            scorer = fit_baseline(baseline, outputs["train"])
+        for baseline, method in BASELINES_SHOWN.items():
+            scorer = method.fit(world)
             scores[baseline] = {name: scorer(outputs[name]) for name in tested}
 
     labels, test = data.test.labels, predictions["test"]
@@ -325,7 +329,7 @@ def _settings(detector: GROOD, transform: ImageTransform) -> dict[str, Any]:
         "transform": transform.to_dict(),
         "threads": torch.get_num_threads(),
         "fpr": FPR,
-        "knn_neighbors": KNN_NEIGHBORS,
+        "knn_neighbors": Knn().k,
         "outliers": repr(detector.outliers),
         "index": detector.index.spec,
         "head": detector.fit_info_.head,

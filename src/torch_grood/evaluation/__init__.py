@@ -1,29 +1,67 @@
-"""How well a detector tells OOD from ID: metrics, and the baselines to hold it against (extra ``bench``)."""
+"""How well a detector tells OOD from ID: metrics, and the methods to hold it against (extra ``bench``)."""
 
 from __future__ import annotations
 
-from torch_grood.evaluation.baselines import BASELINES, baseline_scores, fit_baseline
+from torch_grood.evaluation.inference import (
+    FIGURES,
+    Bootstrap,
+    Estimate,
+    EstimateWithTest,
+    ScoreSets,
+    ShuffledAuroc,
+    bootstrap,
+    delong,
+    delong_difference,
+    holm,
+    paired_bootstrap,
+    resampling_counts,
+    shuffled_auroc,
+)
+from torch_grood.evaluation.methods import METHODS, Method, MethodUnavailableError, method_of, methods_of
 from torch_grood.evaluation.metrics import (
     DetectionMetrics,
+    OpenOODMetrics,
     aupr_id,
     aupr_ood,
     auroc,
+    classifier_accuracy,
     clopper_pearson,
     detection_metrics,
     id_flagged_at_ood_caught,
     ood_accepted_at_id_kept,
+    openood_metrics,
+    prototype_accuracy,
 )
 
 __all__ = [
-    "BASELINES",
+    "FIGURES",
+    "METHODS",
+    "Bootstrap",
     "DetectionMetrics",
+    "Estimate",
+    "EstimateWithTest",
+    "Method",
+    "MethodUnavailableError",
+    "OpenOODMetrics",
+    "ScoreSets",
+    "ShuffledAuroc",
     "aupr_id",
     "aupr_ood",
     "auroc",
-    "baseline_scores",
+    "bootstrap",
+    "classifier_accuracy",
     "clopper_pearson",
+    "delong",
+    "delong_difference",
     "detection_metrics",
-    "fit_baseline",
+    "holm",
     "id_flagged_at_ood_caught",
+    "method_of",
+    "methods_of",
     "ood_accepted_at_id_kept",
+    "openood_metrics",
+    "paired_bootstrap",
+    "prototype_accuracy",
+    "resampling_counts",
+    "shuffled_auroc",
 ]

@@ -1,0 +1,112 @@
+"""GROOD itself, as a method among the others (ElAraby et al., TMLR 2025): `torch_grood.GROOD` on extracted features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from torch_grood.detector import GROOD
+from torch_grood.errors import GroodError
+from torch_grood.evaluation.methods.base import Method, MethodUnavailableError, Scorer
+from torch_grood.evaluation.methods.parameters import Count, Number, OneOf, Text, parameter
+from torch_grood.evaluation.outputs import World
+from torch_grood.neighbors import make_index
+from torch_grood.outliers import Mixup, OutlierSource, PrototypeMean, UniformNoise
+
+__all__ = ["Grood"]
+
+
+@dataclass(frozen=True)
+class Grood(Method):
+    """GROOD.
+
+    Args:
+        outliers: where the OOD prototype comes from: "mixup", the paper's; "noise"; "mean", of the class prototypes;
+            "ood", the benchmark's validation outliers, which makes OOD data part of the method.
+        n: number of outliers. None: what the source takes by itself; with "ood" all.
+        lam: λ, the weight of the sample in a mix. None: `Mixup`'s.
+        index: see `GROOD`.
+    """
+
+    name: ClassVar[str] = "grood"
+    title: ClassVar[str] = "GROOD"
+    reference: ClassVar[str] = "ElAraby et al., TMLR 2025"
+    # "ood" is not in it: chosen on validation outliers, a prototype made of them would be judged by what it knows.
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "outliers": ("mixup", "noise", "mean"),
+        "lam": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+    }
+
+    outliers: Literal["mixup", "noise", "mean", "ood"] = parameter("mixup", OneOf(("mixup", "noise", "mean", "ood")))
+    n: int | None = parameter(None, Count(optional=True))
+    lam: float | None = parameter(None, Number("the weight of the sample in a mix, from 0 to 1", 0, 1, optional=True))
+    index: str = parameter("exact", Text('"exact" or a faiss factory string'))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        make_index(self.index)
+        if self.lam is not None and self.outliers != "mixup":
+            raise GroodError(f"grood: lam is of outliers=mixup, not of outliers={self.outliers}; leave it out")
+        if self.n is not None and self.outliers == "mean":
+            raise GroodError("grood: n is a number of outliers, and outliers=mean takes none; leave it out")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """See `Method`."""
+        of_source = {"mean": frozenset[str](), "ood": frozenset({"ood"})}.get(self.outliers, frozenset({"outliers"}))
+        return of_source | {"labels"}
+
+    def replace(self, **parameters: Any) -> Self:
+        """See `Method`; λ and n are dropped where the new source of outliers has none, as a walk over `grid` needs."""
+        outliers = parameters.get("outliers", self.outliers)
+        if outliers != "mixup" and (self.lam is not None or "lam" in parameters):
+            parameters["lam"] = None
+        if outliers == "mean" and (self.n is not None or "n" in parameters):
+            parameters["n"] = None
+        return super().replace(**parameters)
+
+    def _fit(self, world: World) -> Scorer:
+        labels = self._labels(world)
+        detector = GROOD(None, index=self.index, seed=world.seed)
+        detector.fit_features(
+            world.train.features.detach().cpu(),
+            labels,
+            world.train.logits.argmax(1).cpu(),
+            ood_features=self._outliers(world),
+        )
+        return lambda outputs: detector.log_score_features(outputs.features.detach().cpu())
+
+    def _outliers(self, world: World) -> Tensor | None:
+        """(m, d); None: the mean of the class prototypes."""
+        if self.outliers == "mean":
+            return None
+        if self.outliers == "ood":
+            return self._real_outliers(world)
+        if world.outliers is None:
+            self._unavailable("needs the network to make outliers, and there are only features; use outliers=mean")
+        try:
+            return world.outliers.features(self._source(), world.left_out)
+        except GroodError as error:
+            raise MethodUnavailableError(f"{self.label}: {error}") from error
+
+    def _real_outliers(self, world: World) -> Tensor:
+        if world.val_ood is None:
+            self._unavailable("with outliers=ood needs validation outliers, and the benchmark has none")
+        features, n = world.val_ood.features, self.n
+        if n is None:
+            return features
+        if n > len(features):
+            self._unavailable(f"is to take {n} validation outliers, and there are only {len(features)}")
+        rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(world.seed))[:n]
+        return features[rows.sort().values]
+
+    def _source(self) -> OutlierSource:
+        if self.outliers == "noise":
+            return UniformNoise() if self.n is None else UniformNoise(self.n)
+        if self.outliers == "mixup":
+            return Mixup(self.n) if self.lam is None else Mixup(self.n, self.lam)
+        return PrototypeMean()
