@@ -5,6 +5,7 @@ tensors of each batch in a *journal*, named by what they depend on beyond the mo
 
     features        features, logits, content hashes, shape and range of the images
     content-SEED    pseudo-random numbers of the images, which decide what is mixed and what a subset keeps
+    scores-NAME     scores that need more of the model than its features
     sums of LAYER   running sums of the early prototypes, of all batches up to one
 
 So another λ, source or index needs no pass at all, another seed no model, and a killed run only what it had not kept.
@@ -14,7 +15,7 @@ are known from the numbers, and they are read once more at the end.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from torch_grood.outliers import content_keys
 from torch_grood.provenance import content_hashes
 from torch_grood.training_pass import Members, TrainingPass, shape_and_range
 
-__all__ = ["StoredExtraction", "run_stored", "stored_extractions"]
+__all__ = ["StoredExtraction", "run_stored", "stored_extractions", "stored_scores"]
 
 # To be raised when the same model and images come to have other features or other content numbers.
 FEATURES_VERSION = 1
@@ -194,6 +195,47 @@ def stored_extractions(
             found = Extraction(columns["features"], columns["logits"])
             yield StoredExtraction(found, columns["hashes"], tuple(columns["shape"][0].tolist()))
     stored.flush(force=True)
+
+
+def stored_scores(
+    extractor: FeatureExtractor,
+    loader: Iterable[Any],
+    store: FeatureStore,
+    name: str,
+    score: Callable[[Tensor], Tensor],
+    *,
+    progress: Progress = None,
+    description: str = "score",
+) -> Tensor:
+    """Scores of all of the loader's images, float64 (n,).
+
+    Args:
+        extractor: of the model.
+        loader: of known files.
+        store: takes what it does not have.
+        name: of the scores, in a file name: letters, digits and hyphens, another one for other settings.
+        score: from images (b, ...) to (b,); it may run the model as it likes.
+        progress: see `GROOD.fit`.
+        description: of the progress bar.
+
+    Raises:
+        GroodError: if the store does not take the loader, or cannot be written.
+    """
+    journal = f"scores-{name}"
+    probe = extractor(_checked(store).first_image(loader))
+    stored = store.open(loader, _key(extractor, probe, ()), probe)
+    template = {"scores": torch.empty(0, dtype=torch.float64)}
+    found = [template["scores"]]
+    for step in track(stored.steps({journal: template}), progress, description):
+        columns = step.kept.get(journal)
+        if columns is None:
+            assert step.images is not None
+            columns = {"scores": score(step.images).detach().to("cpu", torch.float64)} if len(step.images) else template
+            stored.keep(step, journal, columns)
+            stored.flush(force=False)
+        found.append(columns["scores"])
+    stored.flush(force=True)
+    return torch.cat(found)
 
 
 def _features(found: Extraction, images: Tensor) -> Columns:

@@ -1,0 +1,315 @@
+"""From a classifier and image sets to outputs that every method runs on: each image passes the network once.
+
+What the network says is kept in a store (`torch_grood.data.FeatureCache`), keyed by content: the weights, the
+transform, the files. A second run, another method or another λ computes only what is not there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torch_grood._progress import Progress
+from torch_grood.data import ImageLoader
+from torch_grood.errors import GroodError
+from torch_grood.evaluation.outputs import Head, Model, Outputs, World
+from torch_grood.feature_store import FeatureStore
+from torch_grood.features import FeatureExtractor
+from torch_grood.outliers import Mixup, OutlierContext, OutlierSource, TrainingSamples, UniformNoise
+from torch_grood.provenance import digest_of
+from torch_grood.stored_pass import stored_extractions, stored_scores
+from torch_grood.training_pass import TrainingPass
+
+__all__ = ["ClassifierOutputs", "ExtractionCost", "Sets", "extract_sets"]
+
+_log = logging.getLogger("torch_grood")
+
+_MOST_MIXED = 1000
+# Logits from stored features through the head: equal up to rounding, or the head is not one linear layer.
+_SAME_LOGITS = 1e-3
+
+
+class Sets(NamedTuple):
+    """The images of a benchmark, as loaders of known files; all with the transform of the classifier.
+
+    Attributes:
+        train, val, test: in-distribution; `val` may be None.
+        val_ood: outliers to choose hyper-parameters on, or None.
+        ood: the OOD test sets by key.
+    """
+
+    train: ImageLoader
+    val: ImageLoader | None
+    test: ImageLoader
+    val_ood: ImageLoader | None
+    ood: Mapping[str, ImageLoader]
+
+    def all(self) -> dict[str, ImageLoader]:
+        """All loaders that are there, by key: "train", "val", "test", "val_ood" and the OOD sets' own."""
+        own = {"train": self.train, "val": self.val, "test": self.test, "val_ood": self.val_ood}
+        return {key: loader for key, loader in {**own, **self.ood}.items() if loader is not None}
+
+
+@dataclass
+class ExtractionCost:
+    """What the extraction took.
+
+    Attributes:
+        seconds: of wall time.
+        images: in all sets.
+        network_images: images that went through the network now; the others were in the store.
+    """
+
+    seconds: float = 0.0
+    images: int = 0
+    network_images: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class ClassifierOutputs:
+    """What one classifier says of all sets.
+
+    Attributes:
+        world: what methods may be fitted on.
+        test: outputs of the ID test images.
+        ood: outputs of the OOD test sets, by key.
+        digests: SHA-256 of the content of each set's images, by key.
+        prototypes: float64 (C, d), of the classes.
+        head_name: of the last layer.
+        early_layer: where early activations are mixed, if they are.
+        n_test_in_train: test images, ID and OOD, that are training images, too.
+        cost: what it took.
+    """
+
+    world: World
+    test: Outputs
+    ood: Mapping[str, Outputs]
+    digests: Mapping[str, str]
+    prototypes: Tensor
+    head_name: str
+    early_layer: str | None
+    n_test_in_train: int
+    cost: ExtractionCost
+
+
+def extract_sets(
+    model: nn.Module,
+    sets: Sets,
+    store: FeatureStore,
+    *,
+    std: tuple[float, ...],
+    seed: int = 0,
+    head: str | None = None,
+    early_layer: str | None = None,
+    progress: Progress = None,
+) -> ClassifierOutputs:
+    """Run the classifier over all sets, as far as the store does not have what it says.
+
+    Args:
+        model: from images to logits; to be used by nobody else until all methods are done.
+        sets: the images.
+        store: keeps features.
+        std: of the transform's normalisation, for each channel.
+        seed: of what is drawn from the training images.
+        head: name of the last layer; found if None.
+        early_layer: name of the layer whose output is mixed; found if None.
+        progress: see `GROOD.fit`.
+
+    Raises:
+        GroodError: for images that the model cannot take, labels out of range, an unreadable file, an empty set.
+    """
+    extractor = FeatureExtractor(model, head, early_layer)
+    cost = ExtractionCost(images=sum(len(loader.dataset) for loader in sets.all().values()))
+    started = time.monotonic()
+    with extractor.evaluation(), _counting(extractor.model, cost):
+        outliers = _Outliers.of(extractor, sets.train, store, seed, progress)
+        read = {key: _read(extractor, loader, store, key, progress) for key, loader in sets.all().items()}
+    cost.seconds = time.monotonic() - started
+    for key in ("train", "val", "test"):
+        if key in read:
+            _check_labels(read[key].outputs, sets.all()[key], key)
+    outputs = {key: found.outputs for key, found in read.items()}
+    assert extractor.head is not None
+    world = World(
+        train=outputs["train"],
+        val=outputs.get("val"),
+        head=_head_of(extractor, outputs["test"]),
+        outliers=outliers,
+        model=Model(extractor.model, std),
+        val_ood=outputs.get("val_ood"),
+        seed=seed,
+    )
+    tests = torch.cat([read[key].hashes for key in ("test", *sets.ood)])
+    return ClassifierOutputs(
+        world=world,
+        test=outputs["test"],
+        ood={key: outputs[key] for key in sets.ood},
+        digests={key: digest_of(found.hashes) for key, found in read.items()},
+        prototypes=outliers.prototypes,
+        head_name=extractor.head,
+        early_layer=extractor.early_layer if outliers.mixes else None,
+        n_test_in_train=int(torch.isin(tests, read["train"].hashes).sum()),
+        cost=cost,
+    )
+
+
+class _Read(NamedTuple):
+    outputs: Outputs
+    hashes: Tensor
+
+
+def _read(extractor: FeatureExtractor, loader: ImageLoader, store: FeatureStore, key: str, progress: Progress) -> _Read:
+    features, logits, hashes = [], [], []
+    for part in stored_extractions(extractor, loader, store, progress=progress, description=key):
+        features.append(part.found.features)
+        logits.append(part.found.logits)
+        hashes.append(part.hashes)
+    if not features:
+        raise GroodError(f"no image of the set {key!r} can be read; {loader.dataset.source.origin}")
+    labels = loader.dataset.source.labels
+    kept = None if labels is None else torch.tensor([labels[position] for position in loader.kept])
+    images = _Images(extractor, loader, store, key, progress)
+    return _Read(Outputs(torch.cat(features), torch.cat(logits), kept, images), torch.cat(hashes))
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The images of one set; see `ImageAccess`."""
+
+    extractor: FeatureExtractor
+    loader: ImageLoader
+    store: FeatureStore
+    key: str
+    progress: Progress
+
+    def scores(self, name: str, score: object) -> Tensor:
+        with self.extractor.evaluation():
+            return stored_scores(
+                self.extractor, self.loader, self.store, name, score,  # type: ignore[arg-type]
+                progress=self.progress, description=f"{name.partition('-')[0]}: {self.key}",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Outliers:
+    """Synthetic outliers as `GROOD.fit` makes them, from one training pass; see `OutlierFeatures`."""
+
+    passed: TrainingPass
+    why_not: str | None
+    _kept: dict[tuple[str, frozenset[int]], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, extractor: FeatureExtractor, train: ImageLoader, store: FeatureStore, seed: int, progress: Progress
+    ) -> _Outliers:
+        source: OutlierSource = Mixup(n=_MOST_MIXED)
+        why_not = None
+        try:
+            extractor.resolve(store.first_image(train), early=True)
+        except GroodError as error:
+            # Other sources, and all other methods, need no early layer.
+            source, why_not = UniformNoise(), str(error)
+        passed = TrainingPass(extractor, source, seed, train, None)
+        passed.run(train, progress, store)
+        if passed.n_samples == 0:
+            raise GroodError(f"there is no training image: {train.dataset.source.origin}")
+        # They are read from the store again, with their logits.
+        for _ in passed.features.drain():
+            pass
+        return cls(passed, why_not)
+
+    @property
+    def prototypes(self) -> Tensor:
+        """Of the classes, float64 (C, d)."""
+        return self.passed.prototypes.means
+
+    @property
+    def mixes(self) -> bool:
+        """Whether there is an early layer."""
+        return self.passed.early_prototypes is not None
+
+    def features(self, source: OutlierSource, without: frozenset[int] = frozenset()) -> Tensor:
+        key = str(source.config()), without
+        if key not in self._kept:
+            self._kept[key] = self._features(source, without)
+        return self._kept[key]
+
+    def _features(self, source: OutlierSource, without: frozenset[int]) -> Tensor:
+        passed = self.passed
+        if source.uses_early_layer and self.why_not is not None:
+            raise GroodError(self.why_not)
+        kept = torch.tensor([c for c in range(len(self.prototypes)) if c not in without])
+        with passed.extractor.evaluation():
+            early = passed.early_prototypes
+            context = OutlierContext(
+                class_prototypes=self.prototypes[kept],
+                extractor=passed.extractor,
+                early_prototypes=None if early is None else early.means[kept.to(early.means.device)],
+                samples=self._samples(source, kept) if source.uses_early_layer else None,
+                image_shape=passed.image_shape,
+                channel_range=passed.channel_range,
+                batch_size=passed.batch_size,
+                seed=passed.seed,
+                progress=False,
+            )
+            return source.features(context)
+
+    def _samples(self, source: OutlierSource, kept: Tensor) -> TrainingSamples | None:
+        """Training images to mix; without some classes, those that the classifier takes for one of the others."""
+        passed = self.passed
+        n = source.n_training_samples(passed.n_samples)
+        if n > passed.reservoir.size:
+            raise GroodError(f"at most {passed.reservoir.size} outliers can be mixed in a benchmark, got n={n}")
+        samples = passed.reservoir.samples(n, passed.read_again)
+        if samples is None or len(kept) == len(self.prototypes):
+            return samples
+        size = passed.batch_size
+        batches = torch.split(samples.images, size)
+        logits = torch.cat([passed.extractor(images).logits.cpu() for images in batches])
+        known = torch.isin(logits.argmax(1), kept)
+        runner_up = logits[known][:, kept].topk(2, dim=1).indices[:, 1]
+        return replace(samples, images=samples.images[known], runner_up=runner_up)
+
+
+def _head_of(extractor: FeatureExtractor, outputs: Outputs) -> Head | None:
+    """The last layer, if it gives the logits from the features."""
+    assert extractor.head is not None
+    module = extractor.model.get_submodule(extractor.head)
+    if not isinstance(module, nn.Linear):
+        return None
+    weight = module.weight.detach().float().cpu()
+    bias = torch.zeros(len(weight)) if module.bias is None else module.bias.detach().float().cpu()
+    some = outputs.take(torch.arange(min(len(outputs), 256)))
+    if weight.shape != (some.logits.shape[1], some.features.shape[1]):
+        return None
+    logits = some.logits.float()
+    difference = (some.features.float() @ weight.T + bias - logits).abs().max()
+    return Head(weight, bias) if difference <= _SAME_LOGITS * logits.abs().max().clamp(min=1) else None
+
+
+def _check_labels(outputs: Outputs, loader: ImageLoader, key: str) -> None:
+    labels, n_classes = outputs.labels, outputs.logits.shape[1]
+    if labels is None or not bool(((labels >= 0) & (labels < n_classes)).all()):
+        raise GroodError(
+            f"{loader.dataset.source.origin}: each image of the ID set {key!r} must have one of the classifier's "
+            f"classes, 0 to {n_classes - 1}; got {'no labels' if labels is None else sorted(set(labels.tolist()))[-1]}"
+        )
+
+
+@contextmanager
+def _counting(model: nn.Module, cost: ExtractionCost) -> Iterator[None]:
+    """Count the images that the network takes."""
+
+    def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        cost.network_images += len(inputs[0]) if inputs else 0
+
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(count).remove)
+        yield
