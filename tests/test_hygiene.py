@@ -16,6 +16,7 @@ LAZY = {
     "rich",
     "pyarrow",
     "pytorch_ood",
+    "gdown",
     "timm",
     "transformers",
     "pandas",
@@ -23,7 +24,7 @@ LAZY = {
     "safetensors",
 }
 # The extras: the core must do its work where none of them is installed.
-OPTIONAL = ["torchvision", "timm", "PIL", "sklearn", "matplotlib", "typer", "rich", "pyarrow", "pytorch_ood"]
+OPTIONAL = ["torchvision", "timm", "PIL", "sklearn", "matplotlib", "typer", "rich", "pyarrow", "pytorch_ood", "gdown"]
 
 BLOCK = """
 import sys
