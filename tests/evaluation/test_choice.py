@@ -100,8 +100,10 @@ def test_a_choice_within_the_grid_does_not_warn(world: World, monkeypatch: pytes
     monkeypatch.setattr(Recorded, "grid", {"sign": (1.0, -1.0, 2.0)})
     found = choose(Recorded(), world, ChooseBy.validation_ood, progress=False)
     assert found.warnings[0].startswith("sign = -1 is at the end")
-    monkeypatch.setattr(Recorded, "grid", {"sign": (-1.0, -2.0)})
+    monkeypatch.setattr(Recorded, "grid", {"sign": (-1.0, -2.0, -3.0)})
     assert choose(Recorded(), even, ChooseBy.validation_ood, progress=False).warnings == ()
+    monkeypatch.setattr(Recorded, "grid", {"sign": (-1.0, 1.0)})
+    assert choose(Recorded(), world, ChooseBy.validation_ood, progress=False).warnings == ()
 
 
 def test_what_the_user_set_stays(world: World) -> None:

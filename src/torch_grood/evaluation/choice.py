@@ -13,7 +13,7 @@ Which one was used belongs to the result, and so does a choice at the end of its
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -108,7 +108,7 @@ def choose(method: Method, world: World, by: ChooseBy, *, progress: Progress = N
         why = trials[0].reason
         return Choice(method, None, tuple(trials), (f"could not be chosen by {by}, so that it is as given: {why}",))
     best = max(done, key=lambda trial: trial.value or 0.0)
-    return Choice(method.replace(**best.parameters), by, tuple(trials), tuple(_edges(method, grid, best, done)))
+    return Choice(method.replace(**best.parameters), by, tuple(trials), tuple(_edges(grid, best, done)))
 
 
 def held_out_groups(n_classes: int, seed: int) -> list[list[int]]:
@@ -162,14 +162,15 @@ def _free_grid(method: Method) -> dict[str, Sequence[Any]]:
     return {name: values for name, values in method.grid.items() if getattr(method, name) == getattr(default, name)}
 
 
-def _edges(method: Method, grid: Mapping[str, Sequence[Any]], best: Trial, done: Sequence[Trial]) -> Iterator[str]:
-    for name, values in grid.items():
-        tried = [value for value in values if any(trial.parameters[name] == value for trial in done)]
-        ordered = all(isinstance(value, (int, float)) for value in tried)
+def _edges(grid: Iterable[str], best: Trial, done: Sequence[Trial]) -> Iterator[str]:
+    """Words for parameters at an end of their grid, where the values beside it, all else equal, are worse."""
+    for name in grid:
         chosen = best.parameters[name]
-        others = {trial.value for trial in done if trial.parameters[name] != chosen}
-        if ordered and len(tried) > 1 and chosen in (min(tried), max(tried)) and others != {best.value}:
-            yield (
-                f"{name} = {chosen:g} is at the end of its grid ({min(tried):g} to {max(tried):g}); "
-                "beyond it may be better"
-            )
+        beside = [trial for trial in done if dict(trial.parameters) | {name: chosen} == dict(best.parameters)]
+        tried = [trial.parameters[name] for trial in beside]
+        # Of two values, each is at an end.
+        if len(tried) < 3 or not all(isinstance(value, (int, float)) for value in tried):
+            continue
+        if chosen in (min(tried), max(tried)) and {trial.value for trial in beside} != {best.value}:
+            ends = f"{min(tried):g} to {max(tried):g}"
+            yield f"{name} = {chosen:g} is at the end of its grid ({ends}); beyond it may be better"
