@@ -570,3 +570,11 @@ def test_the_gradients_stay_in_the_file(large: Callable[[str], Path], lazily: Ca
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
     bounds = [[int(limit, 16) for limit in line[0].split("-")] for line in lines]
     assert any(low <= address < high for low, high in bounds)
+
+
+def test_one_number_of_a_matrix_is_written(tmp_path: Path) -> None:
+    """A column of one row has strides that its bytes cannot be seen through."""
+    column = torch.arange(8.0, dtype=torch.float64).reshape(1, 8)[:, 3]
+    assert column.stride() == (8,)
+    container.write(tmp_path / "one.safetensors", {"format_version": 3}, {"column": column})
+    assert container.read(tmp_path / "one.safetensors", 3).tensors["column"].tolist() == [3.0]

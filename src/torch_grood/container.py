@@ -288,7 +288,9 @@ def _kind(tensor: Tensor) -> list[Any]:
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    # An empty tensor may have strides that it cannot be viewed with.
+    # One number counts as contiguous whatever its strides, and cannot be viewed with any but 1; nor can none.
+    if tensor.numel() < 2:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
 
 

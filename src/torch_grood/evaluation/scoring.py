@@ -33,8 +33,11 @@ _log = logging.getLogger("torch_grood")
 # Of the files; to be raised when the same method comes to have other scores.
 _VERSION = 3
 _SCORES_VERSION = 1
-# What a method's own library raises where it cannot work; anything else is a defect, and is not hidden.
-_METHOD_ERRORS = (GroodError, RuntimeError, ValueError, AssertionError, ArithmeticError, IndexError, MemoryError)
+# What a method's own library raises where it cannot work, such as on a network that returns more than logits;
+# anything else is a defect, and is not hidden.
+_METHOD_ERRORS = (
+    GroodError, RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError, IndexError, MemoryError
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
