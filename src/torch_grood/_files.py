@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, and reading none that is too large."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch_grood.errors import GroodError
 
-__all__ = ["replacing", "target_of"]
+__all__ = ["read_at_most", "replacing", "target_of"]
 
 _DAY = 86_400
 
@@ -44,6 +44,27 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def read_at_most(path: str | os.PathLike[str], size: int, expected: str) -> bytes:
+    """A file's content, of which no more than is allowed comes into memory.
+
+    Args:
+        path: of the file.
+        size: bytes allowed, a whole number of MiB.
+        expected: what the file should be, for the message.
+
+    Raises:
+        GroodError: if the file cannot be read, or is larger.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(size + 1)
+    except OSError as error:
+        raise GroodError(f"{path} cannot be read: {error.strerror or error}") from None
+    if len(content) > size:
+        raise GroodError(f"{path} is larger than {size >> 20} MiB; expected {expected}")
+    return content
 
 
 def _remove_litter(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,18 @@ folder = "ood"
 [far.noise]
 folder = "noise"
 title = "Noise"
+"""
+TWO_OUTPUTS = """
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net(4)
+
+    def forward(self, x):
+        return self.net(x), 1
+
+def pair():
+    return Pair()
 """
 METHODS = "grood,grood:outliers=mean,msp,energy,knn:k=10,mds,odin,knn:k=5000"
 
@@ -207,6 +220,34 @@ def test_unreadable_images(world: Path) -> None:
     assert (noise["n"], noise["status"]) == (14, "incomplete")
 
 
+def test_scores_of_other_labels_are_not_taken(world: Path) -> None:
+    assert bench(methods="grood,msp").code == 0
+    for old, new in (("one", "x"), ("two", "one"), ("x", "two")):
+        (world / "train" / old).rename(world / "train" / new)
+    assert bench(methods="grood,msp").code == 0
+    again = read()["runs"][0]["methods"]
+    assert bench(methods="grood,msp", output="fresh").code == 0
+    assert [row["figures"] for row in again] == [row["figures"] for row in read("fresh")["runs"][0]["methods"]]
+
+
+def test_a_network_that_returns_more_than_logits(world: Path) -> None:
+    with Path("nets.py").open("a") as file:
+        file.write(TWO_OUTPUTS)
+    found = run(
+        *("benchmark", "digits.toml", "--model", "nets.py:pair", *PREPARED, "--workers", "0", "--bootstrap", "0"),
+        *("--methods", "odin,msp", "--cache", "cache", "-o", "found"),
+    )
+    assert found.code == 0, found.err
+    assert "ODIN failed: TypeError" in found.err
+    assert [row["status"] for row in read()["runs"][0]["methods"]] == ["failed", "done"]
+    only = run(
+        *("benchmark", "digits.toml", "--model", "nets.py:pair", *PREPARED, "--workers", "0", "--bootstrap", "0"),
+        *("--methods", "odin", "--cache", "cache", "-o", "found"),
+    )
+    assert only.code == 1
+    assert "no method has figures" in only.err
+
+
 def test_results_can_be_shown_and_verified_again(world: Path) -> None:
     assert bench(methods="msp,energy").code == 0
     shown = run("benchmark", "found/results.json")
@@ -238,6 +279,7 @@ near = "{near}"
         (("--methods", "knn:k=zero"), "knn: k is a whole number, at least 1; got 'zero'"),
         (("--seeds", "a"), "--seeds must be whole numbers"),
         (("--seeds", "1,1"), "different numbers"),
+        (("--seeds", "9223372036854775808"), "from 0 to 9223372036854775807"),
         (("--weights", "none.pt"), "none.pt"),
         (("--verify", "no-such-figures"), "no-such-figures"),
         (("--root", "nowhere"), "nowhere"),
@@ -266,6 +308,37 @@ def test_no_validation_images_to_choose_on(world: Path) -> None:
     assert bench(methods="knn:k=5").code == 0
 
 
+def test_too_few_classes_to_hold_out(world: Path) -> None:
+    for split in ("train", "val", "test"):
+        shutil.rmtree(f"{split}/one")
+        shutil.rmtree(f"{split}/two")
+    Path("digits.toml").write_text(re.sub(r", count = \d+", "", SPEC))
+    found = bench("--choose", "held-out-classes", methods="knn")
+    assert found.code == 1
+    assert "held-out classes need 3 classes at least" in found.err
+    assert not Path("found").exists()
+
+
+def test_one_class_to_validate_on(world: Path) -> None:
+    only = next((world / "val/one").iterdir())
+    Path("val.txt").write_text(f"val/one/{only.name} 0\n")
+    Path("digits.toml").write_text(
+        SPEC.replace('val.folder = "val"', 'val.list = "val.txt"').replace(", count = 181", "")
+    )
+    found = bench("--choose", "held-out-classes", methods="knn")
+    assert found.code == 1
+    assert "validation images of two classes at least" in found.err
+
+
+def test_one_image_of_an_ood_set(world: Path) -> None:
+    for file in sorted((world / "noise").iterdir())[1:]:
+        file.unlink()
+    for _ in range(2):
+        found = bench(methods="knn,grood")
+        assert found.code == 0, found.err
+    assert [row["figures"]["noise"]["n_ood"] for row in read()["runs"][0]["methods"]] == [1, 1]
+
+
 def test_a_folder_that_is_a_file(world: Path) -> None:
     Path("found").write_text("")
     found = bench(methods="msp")
@@ -282,5 +355,5 @@ def test_other_classes_than_the_networks(world: Path) -> None:
     )
     found = bench(methods="msp")
     assert found.code == 1
-    assert "5 classes" in found.err
-    assert "4" in found.err
+    assert "classes, 0 to 3; got 4 for" in found.err
+    assert "zzz" in found.err

@@ -91,6 +91,13 @@ def test_a_choice_at_the_end_of_the_grid_warns(world: World) -> None:
     assert choice.warnings == ("sign = -1 is at the end of its grid (-1 to 1); beyond it may be better",)
 
 
+def test_validation_images_of_one_class_cannot_tell(world: World) -> None:
+    val = outputs(40, 1)
+    assert val.labels is not None
+    with pytest.raises(GroodError, match=r"images of more classes in id\.val"):
+        choose(Recorded(), replace(world, val=val.take(val.labels == 2)), ChooseBy.held_out_classes, progress=False)
+
+
 def test_a_choice_within_the_grid_does_not_warn(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recorded, "grid", {"sign": (-2.0, -1.0, 1.0)})
     even = replace(world, val=outliers(40, 3))

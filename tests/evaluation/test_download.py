@@ -28,11 +28,13 @@ from torch_grood.evaluation.spec import Archive, read_spec
 
 
 class Server:
-    """Files by address; `cut` ends each answer after so many bytes, as a broken line does."""
+    """Files by address; `cut` ends each answer after so many bytes, as a broken line does, or halts if it `stalls`."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.cut: int | None = None
+        self.stalls = False
+        self.released = threading.Event()
         self.requests: list[str | None] = []
         outer = self
 
@@ -51,6 +53,9 @@ class Server:
                 self.send_header("Content-Length", str(len(body) - start))
                 self.end_headers()
                 self.wfile.write(body[start : None if outer.cut is None else start + outer.cut])
+                if outer.stalls:
+                    self.wfile.flush()
+                    outer.released.wait()
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -65,6 +70,7 @@ class Server:
         return Archive(key, key.upper(), folder, f"http://127.0.0.1:{self._server.server_port}/{key}.zip", **more)
 
     def close(self) -> None:
+        self.released.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -181,6 +187,17 @@ def test_a_checksum_is_checked(server: Server, root: Path) -> None:
     assert fetch(server.archive(content, sha256=good), root, progress=False)
 
 
+def test_a_server_that_falls_silent_is_left(server: Server, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_grood.evaluation.download._TIMEOUT", 0.2)
+    archive = server.archive(_zip("1.png"))
+    server.cut, server.stalls = 50, True
+    with pytest.raises(GroodError, match="could not be fetched"):
+        fetch(archive, root, progress=False)
+    server.cut, server.stalls = None, False
+    assert fetch(archive, root, progress=False)
+    assert _files(root / "images/a") == ["1.png"]
+
+
 def _member(name: str, mode: int = 0) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(name)
     info.external_attr = mode << 16
@@ -222,6 +239,8 @@ def _twice() -> bytes:
         (lambda: _zip(_member("pipe", stat.S_IFIFO | 0o666)), "'pipe' is a link or a device"),
         (_encrypted, "'1.png' is encrypted"),
         (_twice, "holds '1.png' twice"),
+        (lambda: _zip("a", "a/1.png"), "'a' is a file and a folder"),
+        (lambda: _zip("ä" * 128), "has a name of more than 255 bytes"),
         (lambda: _zip("bomb.png", content=bytes(3_000_000)), r"its [\d,]+ bytes would unpack to 3,000,008"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from torch import nn
 
 pytest.importorskip("PIL")
 
-from image_world import AS_PATTERNS, loader_of, sets_of, taught_cnn, write_world
+from image_world import AS_PATTERNS, loader_of, sets_of, taught_cnn, write_images, write_outliers, write_world
+from PIL import Image
 
 from torch_grood import GROOD, Mixup, PrototypeMean, UniformNoise
-from torch_grood.data import FeatureCache
+from torch_grood._progress import Progress
+from torch_grood.data import FeatureCache, image_loader, read_source
 from torch_grood.errors import GroodError
 from torch_grood.evaluation.extraction import ClassifierOutputs, extract_sets
 from torch_grood.outliers import OutlierSource
@@ -122,6 +125,101 @@ def test_unlabelled_images_are_no_id_set(folder: Path, model: nn.Module, tmp_pat
     sets = sets_of(folder)._replace(test=loader_of(folder / "near", labels=False))
     with pytest.raises(GroodError, match="'test' must have one of the classifier's classes, 0 to 2; got no labels"):
         extract_sets(model, sets, FeatureCache(tmp_path), std=AS_PATTERNS.std, progress=False)
+
+
+class Counted(nn.Module):
+    """Counts the batches that it sees; layers are looked for with a few images."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.batches = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.batches += len(x) > 8
+        return self.network(x)
+
+
+def test_a_class_that_the_network_has_not_is_found_before_it_runs(folder: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "test", 6, seed=1)
+    (tmp_path / "list.txt").write_text("test/a/000.png 0\ntest/b/001.png 3\n")
+    loader = image_loader(read_source(tmp_path / "list.txt"), AS_PATTERNS, batch_size=16, workers=0)
+    network = Counted(taught_cnn())
+    store = FeatureCache(tmp_path / "cache")
+    with pytest.raises(
+        GroodError, match=r"'test' must have .* classes, 0 to 2; got 3 for .*001.png. Take a model that"
+    ):
+        extract_sets(network, sets_of(folder)._replace(test=loader), store, std=AS_PATTERNS.std, progress=False)
+    assert network.batches == 0
+
+
+def test_a_class_without_training_images_is_found_before_the_network_runs(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "train", tmp_path / "train")
+    (tmp_path / "list.txt").write_text(f"{next((tmp_path / 'train/a').iterdir())} 0\n")
+    loader = image_loader(read_source(tmp_path / "list.txt"), AS_PATTERNS, batch_size=16, workers=0)
+    network = Counted(taught_cnn())
+    store = FeatureCache(tmp_path / "cache")
+    with pytest.raises(GroodError, match="no training image has label 1, 2, and the classifier's classes are 0 to 2"):
+        extract_sets(network, sets_of(folder)._replace(train=loader), store, std=AS_PATTERNS.std, progress=False)
+    assert network.batches == 0
+
+
+class Dark(nn.Module):
+    """Has no number for bright images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = taught_cnn()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(torch.where(x.amin((1, 2, 3), keepdim=True) > 2, torch.nan, x))
+
+
+def test_an_image_without_finite_outputs_is_named(folder: Path, tmp_path: Path) -> None:
+    write_outliers(tmp_path / "far", 20, seed=1)
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "far/018.png")
+    far = loader_of(tmp_path / "far", labels=False)
+    sets = sets_of(folder)._replace(ood={"far": far})
+    with pytest.raises(GroodError, match=r"outputs for .*018.png \(far\) are NaN or infinite"):
+        extract_sets(Dark(), sets, FeatureCache(tmp_path / "cache"), std=AS_PATTERNS.std, progress=False)
+
+
+def test_fingerprints_are_of_labels_and_order_too(
+    folder: Path, model: nn.Module, tmp_path: Path, outputs: ClassifierOutputs
+) -> None:
+    shutil.copytree(folder, tmp_path / "world")
+    relabelled = tmp_path / "world/train"
+    for old, new in (("a", "x"), ("b", "a"), ("x", "b")):
+        (relabelled / old).rename(relabelled / new)
+    near = tmp_path / "world/near"
+    for old, new in (("000", "x"), ("001", "000"), ("x", "001")):
+        (near / f"{old}.png").rename(near / f"{new}.png")
+    found = extract_sets(
+        model, sets_of(tmp_path / "world"), FeatureCache(tmp_path), std=AS_PATTERNS.std, progress=False
+    )
+    assert found.digests == outputs.digests
+    differing = {key for key, one in found.fingerprints.items() if one != outputs.fingerprints[key]}
+    assert differing == {"train", "near"}
+
+
+def test_each_set_is_named_once(
+    folder: Path, model: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bars: list[str] = []
+
+    def named(name: str) -> Progress:
+        bars.append(name)
+        return False
+
+    with caplog.at_level("INFO", "torch_grood"):
+        extract_sets(model, sets_of(folder), FeatureCache(tmp_path), std=AS_PATTERNS.std, progress=named)
+    assert [text for text in caplog.messages if text.endswith(" images")] == [
+        *("train: 66 images", "val: 30 images", "test: 36 images"),
+        *("val_ood: 12 images", "near: 24 images", "far: 18 images"),
+    ]
+    # The training images are read twice: in the pass that mixes, and for their logits.
+    assert bars == ["train", "train", "val", "test", "val_ood", "near", "far"]
+    assert "continued" not in caplog.text
 
 
 def test_too_many_outliers_to_mix(outputs: ClassifierOutputs) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,7 +54,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 def found() -> ClassifierOutputs:
     world = World(outputs(120, 0), outputs(40, 1), val_ood=outliers(30, 2))
     ood = {"near": outliers(20, 3), "far": outliers(10, 4)}
-    return ClassifierOutputs(world, outputs(32, 5), ood, {}, torch.zeros(4, 6), "head", None, 0, ExtractionCost())
+    return ClassifierOutputs(world, outputs(32, 5), ood, {}, {}, torch.zeros(4, 6), "head", None, 0, ExtractionCost())
 
 
 def test_scores_of_all_sets(found: ClassifierOutputs) -> None:
@@ -132,6 +132,18 @@ def test_a_defect_of_ours_is_not_hidden(found: ClassifierOutputs, monkeypatch: p
     monkeypatch.setattr(Counting, "_fit", lambda self, world: undefined_name)  # type: ignore[name-defined]  # noqa: F821
     with pytest.raises(NameError):
         run_method(Counting(), found)
+
+
+def test_one_image_that_is_a_column_of_a_matrix(
+    found: ClassifierOutputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = replace(found, ood={"near": found.ood["near"].take(torch.tensor([3]))})
+    monkeypatch.setattr(Counting, "_fit", lambda self, world: lambda outputs: outputs.features.double()[:, -1])
+    path = tmp_path / "one.safetensors"
+    first, again = (run_method(Counting(), one, path=path) for _ in range(2))
+    assert first.scores is not None
+    assert again.scores is not None
+    assert first.scores["near"].tolist() == again.scores["near"].tolist()
 
 
 def test_a_folder_that_cannot_be_made(found: ClassifierOutputs, tmp_path: Path) -> None:

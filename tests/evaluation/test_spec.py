@@ -87,6 +87,10 @@ def test_a_small_spec_is_enough(tmp_path: Path) -> None:
     assert _read(tmp_path, SMALL + "# another file\n").digest != spec.digest
 
 
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    assert _read(tmp_path, f"\ufeff{SMALL}").name == "flowers"
+
+
 def test_everything_that_a_spec_can_say(tmp_path: Path) -> None:
     spec = _read(
         tmp_path,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from benchmark_results import SETS, SHA, comparison, done, figures, methods, results, run
 
+from torch_grood._text import plain
 from torch_grood.errors import GroodError
 from torch_grood.evaluation.results import (
     FIGURES,
@@ -22,7 +23,7 @@ from torch_grood.evaluation.results import (
     SpecInfo,
     comparability,
 )
-from torch_grood.evaluation.tables import escape_markdown, footnotes, plain, to_csv, to_markdown, to_rich, write_tables
+from torch_grood.evaluation.tables import escape_markdown, footnotes, to_csv, to_markdown, to_rich, write_tables
 
 ONE_RUN = """\
 # CIFAR-10

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from torch_grood.cli._common import plain
+from torch_grood._text import plain
 from torch_grood.errors import GroodError
 
 __all__ = ["app"]

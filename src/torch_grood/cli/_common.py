@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from torch_grood._files import target_of
+from torch_grood._text import plain
 from torch_grood.errors import GroodError, ModelMismatchError
 
 if TYPE_CHECKING:
@@ -113,11 +114,6 @@ DropTrainingOption = Annotated[
     typer.Option("--drop-training", help="Leave out held-out images that are training images, instead of refusing."),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
-
-
-def plain(text: object) -> str:
-    """Text in one line that cannot steer a terminal: it may come from a file name or a detector file."""
-    return "".join(char if char.isprintable() else " " if char == "\n" else repr(char)[1:-1] for char in str(text))
 
 
 def shorten(items: Sequence[object], separator: str = ", ") -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from torch_grood.cli._common import plain
+from torch_grood._text import plain
 from torch_grood.cli._results import Results, Row, encodable
 
 if TYPE_CHECKING:

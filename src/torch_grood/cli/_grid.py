@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch_grood._files import replacing
 from torch_grood._optional import require
-from torch_grood.cli._common import plain
+from torch_grood._text import plain
 from torch_grood.cli._explain import decision_word, explanation_of, power
 from torch_grood.cli._results import Results, Row
 from torch_grood.errors import GroodError

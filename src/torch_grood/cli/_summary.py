@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch_grood.cli._common import plain, shorten
+from torch_grood._text import plain
+from torch_grood.cli._common import shorten
 
 if TYPE_CHECKING:
     from torch_grood import GROOD, ConformalThreshold

@@ -46,6 +46,7 @@ __all__ = ["benchmark"]
 METHODS, RESULTS = "Methods", "Results"
 _SEED_MARK = "{seed}"
 _MOST_DRAWS = 100_000
+_LARGEST_SEED = 2**63 - 1
 
 
 class _Choose(StrEnum):
@@ -253,6 +254,8 @@ def benchmark(
     _show(results, quiet)
     if not quiet:
         typer.echo(f"\nwritten: {output}/results.json, results.md, results.csv and scores/")
+    if not any(method.status == "done" for run in results.runs for method in run.methods):
+        raise GroodError("no method has figures; the warnings, and results.md, say why")
     _verify(results, published)
 
 
@@ -301,8 +304,8 @@ def _checkpoints(weights: list[str], seeds: str) -> list[Checkpoint]:
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise GroodError(f"--seeds must be whole numbers such as 0,1,2; got {seeds!r}") from None
-    if min(numbers) < 0 or len(set(numbers)) < len(numbers):
-        raise GroodError(f"--seeds must be different numbers from 0 on; got {seeds}")
+    if not 0 <= min(numbers) <= max(numbers) <= _LARGEST_SEED or len(set(numbers)) < len(numbers):
+        raise GroodError(f"--seeds must be different numbers from 0 to {_LARGEST_SEED}; got {seeds:.200}")
     if len(weights) == 1:
         weights = [weights[0].replace(_SEED_MARK, str(seed)) for seed in numbers]
     elif len(weights) > 1 and len(numbers) == 1:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from torch_grood.cli._common import QuietOption, plain
+from torch_grood._text import plain
+from torch_grood.cli._common import QuietOption
 
 if TYPE_CHECKING:
     from rich.table import Table

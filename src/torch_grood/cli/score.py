@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torch_grood._files import replacing
+from torch_grood._text import plain
 from torch_grood.cli._common import (
     BatchSizeOption,
     Device,
@@ -25,7 +26,6 @@ from torch_grood.cli._common import (
     WorkersOption,
     check_output,
     open_detector,
-    plain,
     report_bad,
     report_ignored,
     reporting,

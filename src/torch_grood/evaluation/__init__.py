@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch_grood.evaluation.inference import (
-    FIGURES,
     Bootstrap,
     Estimate,
     EstimateWithTest,
@@ -19,6 +18,7 @@ from torch_grood.evaluation.inference import (
 )
 from torch_grood.evaluation.methods import METHODS, Method, MethodUnavailableError, method_of, methods_of
 from torch_grood.evaluation.metrics import (
+    FIGURES,
     DetectionMetrics,
     OpenOODMetrics,
     aupr_id,

@@ -20,14 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from torch_grood._progress import Progress
 from torch_grood.data import ImageLoader, ImageTransform, image_loader
 from torch_grood.data.dataset import OnBad
 from torch_grood.errors import GroodError
 from torch_grood.evaluation import results as r
 from torch_grood.evaluation.choice import ChooseBy
-from torch_grood.evaluation.extraction import ClassifierOutputs, Sets, extract_sets
-from torch_grood.evaluation.image_sets import ImageSet, ResolvedSets, check_classes
+from torch_grood.evaluation.extraction import ClassifierOutputs, NamedProgress, Sets, extract_sets
+from torch_grood.evaluation.image_sets import ImageSet, ResolvedSets
 from torch_grood.evaluation.measurement import compare, method_result, score_sets
 from torch_grood.evaluation.methods import Method
 from torch_grood.evaluation.metrics import classifier_accuracy, prototype_accuracy
@@ -41,10 +40,10 @@ __all__ = ["Checkpoint", "Classifier", "Settings", "run_benchmark"]
 _log = logging.getLogger("torch_grood")
 
 _FEWEST_DRAWS = 40
+_FEWEST_CLASSES = 3
 _PACKAGES = ("torch-grood", "torch", "numpy", "faiss-cpu", "scikit-learn", "scipy", "pytorch-ood", "pillow")
 
 Report = Callable[[str], None]
-MakeProgress = Callable[[str], Progress]
 
 
 class Checkpoint(NamedTuple):
@@ -103,7 +102,7 @@ def run_benchmark(
     *,
     store: FeatureStore,
     folder: Path,
-    progress: MakeProgress | None = None,
+    progress: NamedProgress = None,
     say: Report = _log.info,
     warn: Report = _log.warning,
 ) -> r.BenchmarkResults:
@@ -144,9 +143,8 @@ def run_benchmark(
             seed=checkpoint.seed,
             head=settings.head,
             early_layer=settings.early_layer,
-            progress=None if progress is None else progress("extract"),
+            progress=progress,
         )
-        check_classes(sets, outputs.world.n_classes)
         for key, loader in loaders.all().items():
             if loader.bad:
                 warn(f"{key}: left out {len(loader.bad)} unreadable images, the first {loader.bad[0][0]}")
@@ -156,7 +154,7 @@ def run_benchmark(
             warn("the transform, or the images, differ between the runs")
         digests = outputs.digests
         fingerprint = model_fingerprint(classifier.model).weights
-        scored = _score(outputs, checkpoint, classifier, fingerprint, settings, folder, number, progress, warn)
+        scored = _score(outputs, checkpoint, classifier, fingerprint, settings, folder, number, progress, say, warn)
         infos = _set_infos(sets, outputs)
         say("figures and intervals")
         run, tests = _measure(number, checkpoint, fingerprint, outputs, scored, infos, settings)
@@ -209,6 +207,17 @@ def _check(sets: ResolvedSets, checkpoints: Sequence[Checkpoint], settings: Sett
             "in val_ood, or choose by held-out classes"
         )
 
+    if settings.by is ChooseBy.held_out_classes and len(set(sets.train.source.labels or ())) < _FEWEST_CLASSES:
+        raise GroodError(
+            f"held-out classes need {_FEWEST_CLASSES} classes at least, and the training images of {sets.spec.name} "
+            "have fewer; choose on validation OOD images, or take the methods as they are"
+        )
+    if settings.by is ChooseBy.held_out_classes and sets.val and len(set(sets.val.source.labels or ())) < 2:
+        raise GroodError(
+            f"held-out classes need validation images of two classes at least, and those of {sets.spec.name} have "
+            "fewer; name more in id.val, choose on validation OOD images, or take the methods as they are"
+        )
+
 
 def _make_folder(folder: Path) -> None:
     try:
@@ -244,13 +253,14 @@ def _score(
     settings: Settings,
     folder: Path,
     number: int,
-    progress: MakeProgress | None,
+    progress: NamedProgress,
+    say: Report,
     warn: Report,
 ) -> list[ScoredMethod]:
     """All methods, one after the other."""
     # All that scores depend on beside the method; what a file of scores is found again by.
     key = {
-        "images": dict(outputs.digests),
+        "sets": dict(outputs.fingerprints),
         "weights": fingerprint,
         "head": outputs.head_name,
         "early_layer": outputs.early_layer,
@@ -260,17 +270,19 @@ def _score(
         "versions": {name: _version(name) for name in ("torch-grood", "pytorch-ood")},
     }
     scored = []
-    for method in settings.methods:
+    for i, method in enumerate(settings.methods):
+        say(f"method {i + 1} of {len(settings.methods)}: {method.label}")
         found = run_method(
             method,
             outputs,
             by=settings.by,
             path=scores_path(folder / "scores", f"run{number}", method),
             key=key,
-            progress=None if progress is None else progress(method.name),
+            progress=progress(f"choose {method.name}") if callable(progress) else progress,
         )
         if found.status != "done":
-            warn(f"{method.label} is {found.status}: {found.reason}")
+            what = "failed" if found.status == "failed" else f"is {found.status}"
+            warn(f"{method.label} {what}: {found.reason}")
         scored.append(found)
     return scored
 

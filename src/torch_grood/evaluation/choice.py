@@ -90,6 +90,11 @@ def choose(method: Method, world: World, by: ChooseBy, *, progress: Progress = N
     if not grid:
         return Choice(method)
     tasks = list(_tasks(world, by))
+    if not tasks:
+        raise GroodError(
+            f"choosing by {by} needs validation images of classes that are left out and of others at a time; name "
+            "images of more classes in id.val, or choose on validation OOD instead"
+        )
     trials = []
     combined = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     # A parameter of one choice may have no meaning beside another, as λ has none without mixing: these are the same.

@@ -12,6 +12,7 @@ that ``tin.zip`` may hold ``tin/…`` or its contents.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import lzma
 import os
 import secrets
@@ -38,7 +39,11 @@ _MAX_MEMBERS = 5_000_000
 # Lists of paths shrink to a fifth and images hardly at all; a bomb shrinks to a thousandth.
 _MAX_RATIO = 200
 _CLUSTER = 4096
+# Bytes that a name may have on every common file system.
+_LONGEST_NAME = 255
 _ENCRYPTED = 1
+# Of silence, after which a server is taken to be gone.
+_TIMEOUT = 60.0
 _REFUSALS = ("DownloadError", "FileURLRetrievalError")
 # What zipfile raises for files that are damaged, or made to be.
 _UNREADABLE = (
@@ -146,11 +151,13 @@ def _download(archive: Archive, downloads: Path, quiet: bool) -> Path:
     # The second is a kind of the first since gdown 6, which gdown 5 has not got.
     refused = tuple(vars(gdown.exceptions)[name] for name in _REFUSALS if name in vars(gdown.exceptions))
     try:
-        gdown.download(url=archive.url, output=str(file), resume=True, quiet=quiet)
+        # gdown 5 waits for ever.
+        patience = {"timeout": _TIMEOUT} if "timeout" in inspect.signature(gdown.download).parameters else {}
+        gdown.download(url=archive.url, output=str(file), resume=True, quiet=quiet, **patience)
     except (OSError, *refused) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
             raise
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise GroodError(
             f"{archive.title}: {archive.url} could not be fetched: {reason:.500}. What has come so far is kept. {_HINT}"
             f"{downloads.parent / archive.folder}"
@@ -224,6 +231,8 @@ def _members(archived: zipfile.ZipFile, size: int) -> list[tuple[PurePosixPath, 
         members.append((path, info))
     if not members:
         raise _UnsafeArchiveError("it is empty")
+    if both := seen & {folder for path in seen for folder in path.parents}:
+        raise _UnsafeArchiveError(f"its member {str(min(both))!r:.100} is a file and a folder")
     return members
 
 
@@ -232,6 +241,8 @@ def _safe_path(info: zipfile.ZipInfo) -> PurePosixPath:
     path = PurePosixPath(name)
     if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name or ":" in path.parts[0]:
         raise _UnsafeArchiveError(f"its member {name!r:.100} would lie outside the folder")
+    if max(len(part.encode(errors="surrogatepass")) for part in path.parts) > _LONGEST_NAME:
+        raise _UnsafeArchiveError(f"its member {name!r:.100} has a name of more than {_LONGEST_NAME} bytes")
     # The upper half of the attributes is the Unix mode; 0 where the archive was made elsewhere.
     kind = stat.S_IFMT(info.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):

@@ -6,12 +6,13 @@ transform, the files. A second run, another method or another λ computes only w
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,16 @@ from torch_grood.provenance import digest_of
 from torch_grood.stored_pass import stored_extractions, stored_scores
 from torch_grood.training_pass import TrainingPass
 
-__all__ = ["ClassifierOutputs", "ExtractionCost", "Sets", "extract_sets"]
+__all__ = ["ClassifierOutputs", "ExtractionCost", "NamedProgress", "Sets", "extract_sets"]
 
 _log = logging.getLogger("torch_grood")
 
 _MOST_MIXED = 1000
 # Logits from stored features through the head: equal up to rounding, or the head is not one linear layer.
 _SAME_LOGITS = 1e-3
+
+NamedProgress = Callable[[str], Progress] | Literal[False] | None
+"""Gives the progress (see `GROOD.fit`) of what has the given name; None: bars on a terminal, False: none."""
 
 
 class Sets(NamedTuple):
@@ -80,7 +84,8 @@ class ClassifierOutputs:
         world: what methods may be fitted on.
         test: outputs of the ID test images.
         ood: outputs of the OOD test sets, by key.
-        digests: SHA-256 of the content of each set's images, by key.
+        digests: SHA-256 of the content of each set's images, whatever their order, by key.
+        fingerprints: SHA-256 of all that scores depend on in each set, by key: features, images and labels, in order.
         prototypes: float64 (C, d), of the classes.
         head_name: of the last layer.
         early_layer: where early activations are mixed, if they are.
@@ -92,6 +97,7 @@ class ClassifierOutputs:
     test: Outputs
     ood: Mapping[str, Outputs]
     digests: Mapping[str, str]
+    fingerprints: Mapping[str, str]
     prototypes: Tensor
     head_name: str
     early_layer: str | None
@@ -108,7 +114,7 @@ def extract_sets(
     seed: int = 0,
     head: str | None = None,
     early_layer: str | None = None,
-    progress: Progress = None,
+    progress: NamedProgress = None,
 ) -> ClassifierOutputs:
     """Run the classifier over all sets, as far as the store does not have what it says.
 
@@ -120,21 +126,31 @@ def extract_sets(
         seed: of what is drawn from the training images.
         head: name of the last layer; found if None.
         early_layer: name of the layer whose output is mixed; found if None.
-        progress: see `GROOD.fit`.
+        progress: of each set, by its key.
 
     Raises:
-        GroodError: for images that the model cannot take, labels out of range, an unreadable file, an empty set.
+        GroodError: for images that the model cannot take or gives no finite features for, labels out of range, an
+            unreadable file, an empty set.
     """
     extractor = FeatureExtractor(model, head, early_layer)
     cost = ExtractionCost(images=sum(len(loader.dataset) for loader in sets.all().values()))
     started = time.monotonic()
     with extractor.evaluation(), _counting(extractor.model, cost):
-        outliers = _Outliers.of(extractor, sets.train, store, seed, progress)
-        read = {key: _read(extractor, loader, store, key, progress) for key, loader in sets.all().items()}
+        # Before hours of reading.
+        n_classes = extractor(store.first_image(sets.train)).logits.shape[1]
+        for key in ("train", "val", "test"):
+            if key in sets.all():
+                _check_labels(sets.all()[key], key, n_classes)
+        _check_classes(sets.train, n_classes)
+        _say_set("train", sets.train)
+        outliers = _Outliers.of(extractor, sets.train, store, seed, _of(progress, "train"))
+        with _no_news():
+            read = {"train": _read(extractor, sets.train, store, "train", progress)}
+        for key, loader in sets.all().items():
+            if key not in read:
+                _say_set(key, loader)
+                read[key] = _read(extractor, loader, store, key, progress)
     cost.seconds = time.monotonic() - started
-    for key in ("train", "val", "test"):
-        if key in read:
-            _check_labels(read[key].outputs, sets.all()[key], key)
     outputs = {key: found.outputs for key, found in read.items()}
     assert extractor.head is not None
     world = World(
@@ -152,6 +168,7 @@ def extract_sets(
         test=outputs["test"],
         ood={key: outputs[key] for key in sets.ood},
         digests={key: digest_of(found.hashes) for key, found in read.items()},
+        fingerprints={key: found.fingerprint for key, found in read.items()},
         prototypes=outliers.prototypes,
         head_name=extractor.head,
         early_layer=extractor.early_layer if outliers.mixes else None,
@@ -163,11 +180,24 @@ def extract_sets(
 class _Read(NamedTuple):
     outputs: Outputs
     hashes: Tensor
+    fingerprint: str
 
 
-def _read(extractor: FeatureExtractor, loader: ImageLoader, store: FeatureStore, key: str, progress: Progress) -> _Read:
-    features, logits, hashes = [], [], []
-    for part in stored_extractions(extractor, loader, store, progress=progress, description=key):
+def _read(
+    extractor: FeatureExtractor, loader: ImageLoader, store: FeatureStore, key: str, progress: NamedProgress
+) -> _Read:
+    features: list[Tensor] = []
+    logits, hashes, state = [], [], hashlib.sha256()
+    for part in stored_extractions(extractor, loader, store, progress=_of(progress, key), description=key):
+        bad = ~(part.found.features.isfinite().all(1) & part.found.logits.isfinite().all(1))
+        if bool(bad.any()):
+            row = sum(map(len, features)) + int(bad.nonzero()[0])
+            raise GroodError(
+                f"the model's outputs for {loader.dataset.source.paths[loader.kept[row]]} ({key}) are NaN or infinite, "
+                "of which no method makes a score; check the image and the weights (half precision may overflow)"
+            )
+        state.update(part.found.features.contiguous().view(torch.uint8).numpy().data)
+        state.update(part.hashes.numpy().data)
         features.append(part.found.features)
         logits.append(part.found.logits)
         hashes.append(part.hashes)
@@ -175,8 +205,33 @@ def _read(extractor: FeatureExtractor, loader: ImageLoader, store: FeatureStore,
         raise GroodError(f"no image of the set {key!r} can be read; {loader.dataset.source.origin}")
     labels = loader.dataset.source.labels
     kept = None if labels is None else torch.tensor([labels[position] for position in loader.kept])
+    if kept is not None:
+        state.update(kept.numpy().data)
     images = _Images(extractor, loader, store, key, progress)
-    return _Read(Outputs(torch.cat(features), torch.cat(logits), kept, images), torch.cat(hashes))
+    outputs = Outputs(torch.cat(features), torch.cat(logits), kept, images)
+    return _Read(outputs, torch.cat(hashes), state.hexdigest())
+
+
+def _of(progress: NamedProgress, name: str) -> Progress:
+    return progress(name) if callable(progress) else progress
+
+
+def _say_set(key: str, loader: ImageLoader) -> None:
+    _log.info("%s: %s images", key, f"{len(loader.dataset):,}")
+
+
+@contextmanager
+def _no_news() -> Iterator[None]:
+    """Silence what a second look at the same images would say again."""
+
+    def matters(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.INFO
+
+    _log.addFilter(matters)
+    try:
+        yield
+    finally:
+        _log.removeFilter(matters)
 
 
 @dataclass(frozen=True)
@@ -187,13 +242,14 @@ class _Images:
     loader: ImageLoader
     store: FeatureStore
     key: str
-    progress: Progress
+    progress: NamedProgress
 
     def scores(self, name: str, score: object) -> Tensor:
+        description = f"{name.partition('-')[0]}: {self.key}"
         with self.extractor.evaluation():
             return stored_scores(
                 self.extractor, self.loader, self.store, name, score,  # type: ignore[arg-type]
-                progress=self.progress, description=f"{name.partition('-')[0]}: {self.key}",
+                progress=_of(self.progress, description), description=description,
             )  # fmt: skip
 
 
@@ -294,12 +350,36 @@ def _head_of(extractor: FeatureExtractor, outputs: Outputs) -> Head | None:
     return Head(weight, bias) if difference <= _SAME_LOGITS * logits.abs().max().clamp(min=1) else None
 
 
-def _check_labels(outputs: Outputs, loader: ImageLoader, key: str) -> None:
-    labels, n_classes = outputs.labels, outputs.logits.shape[1]
-    if labels is None or not bool(((labels >= 0) & (labels < n_classes)).all()):
+def _check_labels(loader: ImageLoader, key: str, n_classes: int) -> None:
+    source = loader.dataset.source
+    wrong = (
+        "no labels"
+        if source.labels is None
+        else next(
+            (
+                f"{label} for {path}"
+                for label, path in zip(source.labels, source.paths, strict=True)
+                if not 0 <= label < n_classes
+            ),
+            None,
+        )
+    )
+    if wrong is not None:
         raise GroodError(
-            f"{loader.dataset.source.origin}: each image of the ID set {key!r} must have one of the classifier's "
-            f"classes, 0 to {n_classes - 1}; got {'no labels' if labels is None else sorted(set(labels.tolist()))[-1]}"
+            f"{source.origin}: each image of the ID set {key!r} must have one of the classifier's classes, 0 to "
+            f"{n_classes - 1}; got {wrong}. Take a model that was trained on these classes; class folders are numbered "
+            "in the order of their names"
+        )
+
+
+def _check_classes(train: ImageLoader, n_classes: int) -> None:
+    source = train.dataset.source
+    missing = sorted(set(range(n_classes)) - set(source.labels or ()))
+    if missing:
+        shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
+        raise GroodError(
+            f"{source.origin}: no training image has label {shown}, and the classifier's classes are 0 to "
+            f"{n_classes - 1}. Methods need images of each; add some, or take a classifier of the classes there are"
         )
 
 

@@ -28,7 +28,6 @@ __all__ = [
     "Overlap",
     "ResolvedSets",
     "SetReport",
-    "check_classes",
     "data_root",
     "find_overlaps",
     "resolve",
@@ -321,23 +320,6 @@ def _check_class_names(resolved: ResolvedSets) -> None:
         )
 
 
-def check_classes(resolved: ResolvedSets, n_classes: int) -> None:
-    """Check the labels of the ID sets against a classifier.
-
-    Raises:
-        GroodError: if a label is not one of 0 … n_classes − 1.
-    """
-    for found in (resolved.train, resolved.val, resolved.test):
-        if found is None or not found.source.labels:
-            continue
-        label, path = max(zip(found.source.labels, found.source.paths, strict=True))
-        if label >= n_classes:
-            raise GroodError(
-                f"{found.key} of {resolved.spec.name} has the label {label} ({path}), but the model has {n_classes} "
-                f"classes, 0 to {n_classes - 1}; take a model that was trained on {resolved.spec.title}"
-            )
-
-
 def _judge_overlaps(resolved: ResolvedSets) -> list[str]:
     """Raise on images that would leak from validation into testing; words for what need not stop a benchmark."""
     overlaps = find_overlaps(resolved)
@@ -383,7 +365,8 @@ def find_overlaps(resolved: ResolvedSets) -> tuple[Overlap, ...]:
     for one in tests:
         for path in dict.fromkeys(one.source.paths):
             size = _size(path)
-            if size not in by_size:
+            # Empty files are broken downloads, not images that leak.
+            if size == 0 or size not in by_size:
                 continue
             if size not in hashes:
                 hashes[size] = {_hash(first): (first, key) for first, key in reversed(by_size[size])}

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from torch_grood.evaluation import results as r
 from torch_grood.evaluation.choice import ChooseBy
 from torch_grood.evaluation.inference import (
-    FIGURES,
     Bootstrap,
     ScoreSets,
     bootstrap,
@@ -20,7 +19,13 @@ from torch_grood.evaluation.inference import (
     holm,
     shuffled_auroc,
 )
-from torch_grood.evaluation.metrics import DetectionMetrics, OpenOODMetrics, detection_metrics, openood_metrics
+from torch_grood.evaluation.metrics import (
+    FIGURES,
+    DetectionMetrics,
+    OpenOODMetrics,
+    detection_metrics,
+    openood_metrics,
+)
 from torch_grood.evaluation.scoring import ScoredMethod
 
 __all__ = ["compare", "method_result", "score_sets"]

@@ -30,6 +30,7 @@ from torch_grood._optional import require
 from torch_grood.errors import GroodError
 
 __all__ = [
+    "FIGURES",
     "DetectionMetrics",
     "OpenOODMetrics",
     "Scores",
@@ -46,6 +47,9 @@ __all__ = [
 ]
 
 Scores = Tensor | ArrayLike
+
+FIGURES = ("auroc", "ood_accepted_at_95_id_kept", "id_flagged_at_95_ood_caught", "aupr_ood", "aupr_id")
+"""The figures of `DetectionMetrics`, by name."""
 
 _BLOCK_ROWS = 4096  # bounds the matrix of distances to the prototypes
 

@@ -182,7 +182,8 @@ def _parse(content: bytes, origin: str, home: Path | None) -> BenchmarkSpec:
     if len(content) > _MAX_BYTES:
         raise GroodError(f"{origin} is larger than {_MAX_BYTES:,} bytes; a benchmark's spec is a short TOML file")
     try:
-        data = tomllib.loads(content.decode("utf-8"))
+        # Editors on Windows put a byte order mark first, which TOML 1.0 does not know.
+        data = tomllib.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise GroodError(f"{origin} is no UTF-8 text (byte {error.start}); expected a TOML file") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:

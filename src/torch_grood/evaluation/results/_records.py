@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from torch_grood.errors import GroodError
+from torch_grood.evaluation.results._checks import twice
 
 __all__ = ["decoded", "encoded", "json_data", "parsed"]
 
@@ -91,11 +92,9 @@ def _text_key(key: object, where: str) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.80} occurs twice")
-    return found
+    if (key := twice([key for key, _ in pairs])) is not None:
+        raise ValueError(f"the key {key!r:.80} occurs twice")
+    return dict(pairs)
 
 
 def _finite(text: str) -> float:
