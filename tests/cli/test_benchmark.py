@@ -68,7 +68,15 @@ def world(digits: Path) -> Path:
 
 def bench(*arguments: object, methods: str = METHODS, output: str = "found") -> Result:
     return run(
-        *("benchmark", "digits.toml", "--model", "nets.py:net", "--weights", "net.safetensors", *PREPARED),
+        *(
+            "benchmark",
+            "digits.toml",
+            "--model",
+            Path("nets.py:net").absolute(),
+            "--weights",
+            "net.safetensors",
+            *PREPARED,
+        ),
         *("--methods", methods, "--bootstrap", "40", "--cache", "cache", "--workers", "0", "-o", output, *arguments),
     )
 

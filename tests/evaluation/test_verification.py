@@ -155,7 +155,7 @@ near = 88.50
         # Names are those of the command line.
         ("MSP", 88.5, "missing"),
     ]
-    assert found[1].reason.startswith("GROOD is judged, given before this one")
+    assert found[1].reason.startswith("GROOD is judged")
     assert verdict(found) == (
         True,
         "all 2 comparable figures agree; 1 could not be compared; 2 are of methods that were not run",

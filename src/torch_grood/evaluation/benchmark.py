@@ -165,7 +165,7 @@ def run_benchmark(
         comparisons += tests
         models.append(
             {
-                "spec": classifier.spec,
+                "spec": _without_folder(classifier.spec),
                 "head": outputs.head_name,
                 "early_layer": outputs.early_layer,
                 "transform": classifier.transform.to_dict(),
@@ -370,9 +370,14 @@ def _recorded(sets: ResolvedSets, settings: Settings, models: Sequence[Mapping[s
     }
 
 
+def _without_folder(spec: str) -> str:
+    """path/to/networks.py:resnet20 → networks.py:resnet20: a folder of this machine says nothing elsewhere."""
+    return spec.replace("\\", "/").rpartition("/")[2] if ".py:" in spec else spec
+
+
 def _versions() -> dict[str, str]:
     found = {name: text for name in _PACKAGES if (text := _version(name))}
-    return found | {"python": platform.python_version(), "platform": platform.platform()}
+    return found | {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
 
 
 def _version(name: str) -> str:

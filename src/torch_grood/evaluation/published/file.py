@@ -54,7 +54,7 @@ def _content(path: str | os.PathLike[str]) -> bytes:
     file = Path(path)
     if file.suffix != ".toml" and not file.exists():
         close = difflib.get_close_matches(str(path), published_names(), 1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(published_names())}"
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(published_names())}."
         raise GroodError(f"there are no published figures {str(path)!r:.100}; {hint} Or give a TOML file")
     return read_at_most(file, _LARGEST, "a TOML file of published figures")
 

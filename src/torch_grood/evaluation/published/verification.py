@@ -145,7 +145,7 @@ def _deviations(
 ) -> Iterator[Deviation]:
     other = other_checkpoints(results, published, method)
     if judged:
-        other = f"{judged} is judged, given before this one; to judge this one, state its hyper-parameters as config"
+        other = f"{judged} is judged"
     label = method.key if row is None else row.label
     for group in GROUPS:
         if group in method.groups:
