@@ -64,6 +64,7 @@ ONE_RUN = """\
 - In parentheses: 95 % intervals, for the chance in the test images alone.
 - FPR@95: most papers mean OOD accepted when 95 % of ID is kept; OpenOOD means ID flagged when 95 % of OOD is caught.
 - near, far: unweighted means over the sets.
+- weights: r18-s0.safetensors (seed 0).
 - ID accuracy: classifier 95.00 %, nearest class prototype 94.00 %.
 - images: training 50,000; ID validation 1,000; ID test 9,000; OOD validation 1,000; near CIFAR-100 9,000, \
 TinyImageNet 7,793; far MNIST 10,000 of 70,000.

@@ -34,12 +34,18 @@ def footnotes(results: BenchmarkResults, *, intervals: bool = False) -> list[str
         "FPR@95: most papers mean OOD accepted when 95 % of ID is kept; OpenOOD means ID flagged when 95 % of OOD is "
         "caught.",
         f"near, far: unweighted means over the sets{_over_runs(results)}.",
+        f"weights: {_weights(results)}.",
         f"ID accuracy: {_accuracy(results)}.",
         f"images: {_counts(results)}.",
         f"hyper-parameters: {_choices(rows)}.",
         "versions: " + ", ".join(f"{name} {version}" for name, version in results.versions.items()) + ".",
     ]
     return [plain(line) for line in lines]
+
+
+def _weights(results: BenchmarkResults) -> str:
+    runs = [f"{run.weights or 'as the model is made'} (seed {run.seed})" for run in results.runs]
+    return ", ".join(dict.fromkeys(runs))
 
 
 def _comparability_notes(results: BenchmarkResults) -> Iterator[str]:
