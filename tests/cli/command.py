@@ -18,6 +18,7 @@ class Result:
     out: str
     err: str
     raw: str
+    raw_err: str = ""
 
 
 def run(*arguments: object) -> Result:
@@ -28,4 +29,4 @@ def run(*arguments: object) -> Result:
     if found.exception is not None and not isinstance(found.exception, SystemExit):
         raise found.exception
     out, err = (" ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split()) for text in (found.stdout, found.stderr))
-    return Result(found.exit_code, out, err, found.stdout)
+    return Result(found.exit_code, out, err, found.stdout, found.stderr)

@@ -198,6 +198,7 @@ def test_missing_sets(world: Path) -> None:
     assert refused.code == 1
     assert "noise" in refused.err
     assert "--allow-missing" in refused.err
+    assert "\n  noise (far): absent" in refused.raw_err
     assert not Path("found").exists()
     found = bench("--allow-missing", methods="msp")
     assert found.code == 0, found.err

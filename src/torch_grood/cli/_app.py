@@ -28,7 +28,8 @@ class _Group(TyperGroup):
             if os.environ.get("GROOD_DEBUG", "") not in ("", "0"):
                 raise
             typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-            typer.echo(plain(str(error)), err=True)
+            # Lists of what is wrong are ours to break into lines; whatever else is no line of ours stays in its line.
+            typer.echo("\n  ".join(plain(part) for part in str(error).split("\n  ")), err=True)
             raise typer.Exit(1) from None
         except OSError as error:
             # Reading and writing of files is caught where it happens; what is left is a stdout that takes no more.

@@ -253,7 +253,7 @@ def resolve(spec: BenchmarkSpec, root: str | Path, allow_missing: bool = False) 
         listed = "".join(f"\n  {report.spec.key} ({report.group}): {report}" for report in bad)
         rest = "" if allow_missing else _allow_hint(bad)
         raise GroodError(
-            f"{spec.name}: {len(bad)} of {len(reports)} image sets under {root} cannot be used as they are:{listed}\n"
+            f"{spec.name}: {len(bad)} of {len(reports)} image sets under {root} cannot be used as they are:{listed}\n  "
             f"see what is needed, and where it comes from: {_command(spec, root)}{rest}"
         )
     found = {
@@ -332,7 +332,7 @@ def _judge_overlaps(resolved: ResolvedSets) -> list[str]:
         listed = "".join(f"\n  {overlap}" for overlap in leaks[:_SHOWN])
         raise GroodError(
             f"{resolved.spec.name}: {len(leaks)} validation images are also test images:{listed}"
-            f"{chr(10) + '  …' if len(leaks) > _SHOWN else ''}\n"
+            f"{chr(10) + '  …' if len(leaks) > _SHOWN else ''}\n  "
             "what a method was chosen with must not measure it; take them out of one of the sets"
         )
     warnings = []
