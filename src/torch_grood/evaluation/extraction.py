@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,19 +20,17 @@ from torch import Tensor, nn
 from torch_grood._progress import Progress
 from torch_grood.data import ImageLoader
 from torch_grood.errors import GroodError
+from torch_grood.evaluation.made_outliers import MadeOutliers
 from torch_grood.evaluation.outputs import Head, Model, Outputs, World
 from torch_grood.feature_store import FeatureStore
 from torch_grood.features import FeatureExtractor
-from torch_grood.outliers import Mixup, OutlierContext, OutlierSource, TrainingSamples, UniformNoise
 from torch_grood.provenance import digest_of
 from torch_grood.stored_pass import stored_extractions, stored_scores
-from torch_grood.training_pass import TrainingPass
 
 __all__ = ["ClassifierOutputs", "ExtractionCost", "NamedProgress", "Sets", "extract_sets"]
 
 _log = logging.getLogger("torch_grood")
 
-_MOST_MIXED = 1000
 # Logits from stored features through the head: equal up to rounding, or the head is not one linear layer.
 _SAME_LOGITS = 1e-3
 
@@ -68,7 +66,8 @@ class ExtractionCost:
     Attributes:
         seconds: of wall time.
         images: in all sets.
-        network_images: images that went through the network now; the others were in the store.
+        network_images: images that went through the network now, a few included that layers are looked for and the
+            store is probed with; the others were in the store.
     """
 
     seconds: float = 0.0
@@ -143,7 +142,7 @@ def extract_sets(
                 _check_labels(sets.all()[key], key, n_classes)
         _check_classes(sets.train, n_classes)
         _say_set("train", sets.train)
-        outliers = _Outliers.of(extractor, sets.train, store, seed, _of(progress, "train"))
+        outliers = MadeOutliers.of(extractor, sets.train, store, seed, _of(progress, "train"))
         with _no_news():
             read = {"train": _read(extractor, sets.train, store, "train", progress)}
         for key, loader in sets.all().items():
@@ -251,87 +250,6 @@ class _Images:
                 self.extractor, self.loader, self.store, name, score,  # type: ignore[arg-type]
                 progress=_of(self.progress, description), description=description,
             )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Outliers:
-    """Synthetic outliers as `GROOD.fit` makes them, from one training pass; see `OutlierFeatures`."""
-
-    passed: TrainingPass
-    why_not: str | None
-    _kept: dict[tuple[str, frozenset[int]], Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls, extractor: FeatureExtractor, train: ImageLoader, store: FeatureStore, seed: int, progress: Progress
-    ) -> _Outliers:
-        source: OutlierSource = Mixup(n=_MOST_MIXED)
-        why_not = None
-        try:
-            extractor.resolve(store.first_image(train), early=True)
-        except GroodError as error:
-            # Other sources, and all other methods, need no early layer.
-            source, why_not = UniformNoise(), str(error)
-        passed = TrainingPass(extractor, source, seed, train, None)
-        passed.run(train, progress, store)
-        if passed.n_samples == 0:
-            raise GroodError(f"there is no training image: {train.dataset.source.origin}")
-        # They are read from the store again, with their logits.
-        for _ in passed.features.drain():
-            pass
-        return cls(passed, why_not)
-
-    @property
-    def prototypes(self) -> Tensor:
-        """Of the classes, float64 (C, d)."""
-        return self.passed.prototypes.means
-
-    @property
-    def mixes(self) -> bool:
-        """Whether there is an early layer."""
-        return self.passed.early_prototypes is not None
-
-    def features(self, source: OutlierSource, without: frozenset[int] = frozenset()) -> Tensor:
-        key = str(source.config()), without
-        if key not in self._kept:
-            self._kept[key] = self._features(source, without)
-        return self._kept[key]
-
-    def _features(self, source: OutlierSource, without: frozenset[int]) -> Tensor:
-        passed = self.passed
-        if source.uses_early_layer and self.why_not is not None:
-            raise GroodError(self.why_not)
-        kept = torch.tensor([c for c in range(len(self.prototypes)) if c not in without])
-        with passed.extractor.evaluation():
-            early = passed.early_prototypes
-            context = OutlierContext(
-                class_prototypes=self.prototypes[kept],
-                extractor=passed.extractor,
-                early_prototypes=None if early is None else early.means[kept.to(early.means.device)],
-                samples=self._samples(source, kept) if source.uses_early_layer else None,
-                image_shape=passed.image_shape,
-                channel_range=passed.channel_range,
-                batch_size=passed.batch_size,
-                seed=passed.seed,
-                progress=False,
-            )
-            return source.features(context)
-
-    def _samples(self, source: OutlierSource, kept: Tensor) -> TrainingSamples | None:
-        """Training images to mix; without some classes, those that the classifier takes for one of the others."""
-        passed = self.passed
-        n = source.n_training_samples(passed.n_samples)
-        if n > passed.reservoir.size:
-            raise GroodError(f"at most {passed.reservoir.size} outliers can be mixed in a benchmark, got n={n}")
-        samples = passed.reservoir.samples(n, passed.read_again)
-        if samples is None or len(kept) == len(self.prototypes):
-            return samples
-        size = passed.batch_size
-        batches = torch.split(samples.images, size)
-        logits = torch.cat([passed.extractor(images).logits.cpu() for images in batches])
-        known = torch.isin(logits.argmax(1), kept)
-        runner_up = logits[known][:, kept].topk(2, dim=1).indices[:, 1]
-        return replace(samples, images=samples.images[known], runner_up=runner_up)
 
 
 def _head_of(extractor: FeatureExtractor, outputs: Outputs) -> Head | None:
