@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -610,3 +612,10 @@ def test_the_bank_of_nnguide_is_drawn_by_seed() -> None:
 
 def test_mls_is_its_formula() -> None:
     assert torch.equal(Mls().fit(WORLD)(TEST), -TEST.logits.max(1).values.double())
+
+
+def test_the_example_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, "docs/benchmark.md", "exec"), {})
+    assert 0.9 < float(capsys.readouterr().out) <= 1
