@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from torch_grood.errors import GroodError
-from torch_grood.evaluation import image_sets
 from torch_grood.evaluation.image_sets import (
     ResolvedSets,
     data_root,
     find_overlaps,
+    overlaps,
     resolve,
     survey,
 )
@@ -271,8 +271,8 @@ def test_only_files_of_a_shared_size_are_read(root: Path, monkeypatch: pytest.Mo
         path.write_text("x" * (position + 1))
     (root / "images/id/t0.png").write_text("y" * (root / "images/id/v1.png").stat().st_size)
     read: list[str] = []
-    hash_of = image_sets._hash
-    monkeypatch.setattr(image_sets, "_hash", lambda path: read.append(Path(path).name) or hash_of(path))
+    hash_of = overlaps._hash
+    monkeypatch.setattr(overlaps, "_hash", lambda path: read.append(Path(path).name) or hash_of(path))
     assert find_overlaps(found) == ()
     assert sorted(read) == ["t0.png", "v1.png"]
 

@@ -1,31 +1,10 @@
-"""Benchmarks as data: which image sets belong to one, in TOML.
-
-A spec names in-distribution sets (train, test, perhaps val), near- and far-OOD test sets, perhaps real outliers for
-validation, the preprocessing, and the archives that the images come from. OpenOOD v1.5's four benchmarks are built
-in; anybody's own needs no more than
-
-    name = "flowers"
-
-    [id.train]
-    folder = "flowers/train"
-
-    [id.test]
-    folder = "flowers/test"
-
-    [near.weeds]
-    folder = "weeds"
-
-Paths are relative to a data root that the caller chooses. What a spec says wrongly is an error that names file, table
-and key, before anything is read or fetched.
-"""
+"""Files of specs: those of the package, and anybody's own."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -33,116 +12,16 @@ from urllib.parse import urlsplit
 
 from torch_grood.data.transforms import PRESETS, ImageTransform
 from torch_grood.errors import GroodError
+from torch_grood.evaluation.spec._toml import _Table
+from torch_grood.evaluation.spec.records import Archive, BenchmarkSpec, SetSpec
 
-__all__ = ["Archive", "BenchmarkSpec", "SetSpec", "read_spec", "spec_names"]
+__all__ = ["read_spec", "spec_names"]
 
-# Names become file names, columns and arguments.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_BYTES = 1_000_000
-_MAX_TEXT = 2000
-_MAX_COUNT = 2**53
 
 # As group names of their own, they would be taken for the sets of that name.
 _RESERVED = frozenset({"train", "val", "test", "val_ood", "id", "near", "far"})
-
-
-@dataclass(frozen=True)
-class Archive:
-    """A ZIP file that fills one folder of the data root.
-
-    Attributes:
-        key: its name in the spec.
-        title: for people.
-        folder: what it unpacks to, relative to the data root.
-        url: where it can be fetched, http(s); None if it may not.
-        size: of the file in bytes, about; None if not known.
-        sha256: of the file, in hex; None if nobody publishes one.
-        manual: how to place the images by hand; always there without a url.
-    """
-
-    key: str
-    title: str
-    folder: str
-    url: str | None = None
-    size: int | None = None
-    sha256: str | None = None
-    manual: str | None = None
-
-
-@dataclass(frozen=True)
-class SetSpec:
-    """An image set: a list or a folder, one of the two.
-
-    Attributes:
-        key: its name: train, val, test, val_ood, or what the spec calls an OOD set.
-        title: for people.
-        list: an image list, relative to the data root.
-        root: what the list's paths are relative to, itself relative to the data root; None looks near the list.
-        folder: a class folder, or for OOD sets any folder, relative to the data root.
-        count: images it must have for figures to be comparable with others'; None if there is no such number.
-        archives: keys of the archives that it needs.
-        note: a peculiarity worth knowing.
-    """
-
-    key: str
-    title: str
-    list: str | None = None
-    root: str | None = None
-    folder: str | None = None
-    count: int | None = None
-    archives: tuple[str, ...] = ()
-    note: str | None = None
-
-
-@dataclass(frozen=True)
-class BenchmarkSpec:
-    """A benchmark, as its file describes it.
-
-    Attributes:
-        name: letters, digits, hyphens and underscores.
-        title: for people.
-        reference: where it comes from.
-        transform: the preprocessing of all sets; None leaves it to the model.
-        train: labelled ID images to fit on.
-        val: labelled ID images to calibrate and choose on, or None.
-        test: labelled ID images to measure with.
-        val_ood: real outliers that a method may be fitted on, or None.
-        near: OOD test sets that resemble the ID images.
-        far: OOD test sets that do not.
-        archives: where images come from.
-        digest: SHA-256 of the file, in hex.
-        origin: the file, for messages.
-        home: the folder of a user's file; None if the spec is built in.
-    """
-
-    name: str
-    title: str
-    reference: str | None
-    transform: ImageTransform | None
-    train: SetSpec
-    val: SetSpec | None
-    test: SetSpec
-    val_ood: SetSpec | None
-    near: tuple[SetSpec, ...]
-    far: tuple[SetSpec, ...]
-    archives: tuple[Archive, ...]
-    digest: str
-    origin: str
-    home: Path | None = None
-
-    def sets(self) -> tuple[tuple[str, SetSpec], ...]:
-        """All sets, each with its group: id, val_ood, near or far."""
-        single = (("id", self.train), ("id", self.val), ("id", self.test), ("val_ood", self.val_ood))
-        return (
-            *((group, found) for group, found in single if found is not None),
-            *(("near", found) for found in self.near),
-            *(("far", found) for found in self.far),
-        )
-
-    def archive(self, key: str) -> Archive:
-        """The archive of that key."""
-        return next(archive for archive in self.archives if archive.key == key)
 
 
 def spec_names() -> tuple[str, ...]:
@@ -314,82 +193,3 @@ def _is_web(url: str) -> bool:
     except ValueError:
         return False
     return parts.scheme in ("http", "https") and bool(parts.hostname)
-
-
-class _Table:
-    """A TOML table that knows where it stands, for messages."""
-
-    def __init__(self, data: Mapping[str, Any], origin: str, where: str) -> None:
-        self.data = data
-        self.origin = origin
-        self.where = where
-        self.key = where.rpartition(".")[2]
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.data
-
-    def error(self, message: str) -> GroodError:
-        """An error in this table."""
-        return GroodError(f"{self.origin}: [{self.where}]: {message}" if self.where else f"{self.origin}: {message}")
-
-    def wrong(self, key: str, expected: str) -> GroodError:
-        """An error in a value of this table."""
-        return self.error(f"{key} = {self.data[key]!r:.100} is not {expected}")
-
-    def check_keys(self, *allowed: str) -> None:
-        """Refuse what would otherwise be silently left aside, such as a key with a spelling mistake."""
-        if unknown := [key for key in self.data if key not in allowed]:
-            raise self.error(f"unknown key {unknown[0]!r:.80}; expected {', '.join(allowed)}")
-
-    def table(self, key: str, needed: bool = False) -> _Table:
-        """The table of that key; an empty one if it need not be there."""
-        where = f"{self.where}.{key}" if self.where else key
-        if needed and key not in self.data:
-            raise GroodError(f"{self.origin}: the table [{where}] is missing; {_MISSING[where]}")
-        found = self.data.get(key, {})
-        if not isinstance(found, dict):
-            raise self.wrong(key, f"a table; write it as [{where}] on a line of its own")
-        return _Table(found, self.origin, where)
-
-    def tables(self, key: str) -> list[_Table]:
-        """The tables below that of a key, in the order of the file."""
-        outer = self.table(key)
-        if bad := [name for name in outer.data if not _NAME.fullmatch(name)]:
-            raise outer.error(f"{bad[0]!r:.80} is no name; {_NAME_RULE}")
-        return [outer.table(name) for name in outer.data]
-
-    def text(self, key: str) -> str | None:
-        """A string, or None if it is not there."""
-        if key not in self.data:
-            return None
-        value = self.data[key]
-        if not isinstance(value, str) or not value.strip() or len(value) > _MAX_TEXT or not value.isprintable():
-            raise self.wrong(key, f"a text in one line of at most {_MAX_TEXT} characters")
-        return value.strip()
-
-    def name(self, key: str) -> str:
-        """A name, which must be there."""
-        value = self.text(key)
-        if value is None:
-            raise self.error(f'the key {key} is missing; add a line such as {key} = "flowers"')
-        if not _NAME.fullmatch(value):
-            raise self.wrong(key, f"a name; {_NAME_RULE}")
-        return value
-
-    def integer(self, key: str) -> int | None:
-        """A number of things, or None if it is not there."""
-        if key not in self.data:
-            return None
-        value = self.data[key]
-        # type(…), not isinstance: true is an int to isinstance.
-        if type(value) is not int or not 1 <= value <= _MAX_COUNT:
-            raise self.wrong(key, "a whole number from 1 on")
-        return value
-
-
-_NAME_RULE = "expected letters, digits, hyphens and underscores, 64 at most, the first a letter or digit"
-_MISSING = {
-    "id": "add [id.train] and [id.test], each with a list or a folder of labelled images",
-    "id.train": "add it with a list or a folder of labelled images to fit on",
-    "id.test": "add it with a list or a folder of labelled images to measure with",
-}
