@@ -212,18 +212,7 @@ class GROOD:
             passed.run(loader, progress, cache)
             if passed.n_samples == 0:
                 raise GroodError("the loader gave no training sample; check the path and the loader")
-            context = OutlierContext(
-                class_prototypes=passed.prototypes.means,
-                extractor=extractor,
-                early_prototypes=passed.early_prototypes.means if passed.early_prototypes else None,
-                samples=passed.samples(),
-                image_shape=passed.image_shape,
-                channel_range=passed.channel_range,
-                batch_size=passed.batch_size,
-                seed=self.seed,
-                progress=progress,
-            )
-            outlier_features = self.outliers.features(context)
+            outlier_features = self.outliers.features(passed.outlier_context(passed.samples(), progress))
         state = build_state(
             self.index,
             self.seed,

@@ -23,7 +23,7 @@ from torch_grood.feature_store import FeatureStore
 from torch_grood.features import Extraction, FeatureExtractor
 from torch_grood.neighbors import StoreOptions, Subset
 from torch_grood.neighbors.store import Spool
-from torch_grood.outliers import OutlierSource, SampleReservoir, TrainingSamples, content_keys
+from torch_grood.outliers import OutlierContext, OutlierSource, SampleReservoir, TrainingSamples, content_keys
 from torch_grood.prototypes import ClassPrototypes, as_labels
 from torch_grood.provenance import content_hashes
 from torch_grood.state import GRADIENT_ROWS
@@ -254,6 +254,26 @@ class TrainingPass:
     def samples(self) -> TrainingSamples | None:
         """The training samples that the source asks for."""
         return self.reservoir.samples(self.source.n_training_samples(self.n_samples), self.read_again)
+
+    def outlier_context(
+        self, samples: TrainingSamples | None, progress: Progress = None, *, early: bool = True
+    ) -> OutlierContext:
+        """What a source of outliers may draw on: the training samples to be mixed, and all that was collected.
+
+        Without early prototypes, which may take gigabytes, for a source that uses none.
+        """
+        early_prototypes = self.early_prototypes if early else None
+        return OutlierContext(
+            class_prototypes=self.prototypes.means,
+            extractor=self.extractor,
+            early_prototypes=early_prototypes.means if early_prototypes else None,
+            samples=samples,
+            image_shape=self.image_shape,
+            channel_range=self.channel_range,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            progress=progress,
+        )
 
     def say_memory(self) -> None:
         """Log once what will be kept."""

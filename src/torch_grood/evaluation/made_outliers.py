@@ -17,7 +17,7 @@ from torch_grood.data import ImageLoader
 from torch_grood.errors import GroodError
 from torch_grood.feature_store import FeatureStore
 from torch_grood.features import FeatureExtractor
-from torch_grood.outliers import Mixup, OutlierContext, OutlierSource, TrainingSamples, UniformNoise
+from torch_grood.outliers import Mixup, OutlierSource, TrainingSamples, UniformNoise
 from torch_grood.training_pass import TrainingPass
 
 __all__ = ["MadeOutliers"]
@@ -86,19 +86,16 @@ class MadeOutliers:
             raise GroodError(self.why_not)
         kept = torch.tensor([c for c in range(len(self.prototypes)) if c not in without])
         with passed.extractor.evaluation():
-            early = passed.early_prototypes
-            context = OutlierContext(
-                class_prototypes=self.prototypes[kept],
-                extractor=passed.extractor,
-                early_prototypes=None if early is None else early.means[kept.to(early.means.device)],
-                samples=self._samples(source, kept) if source.uses_early_layer else None,
-                image_shape=passed.image_shape,
-                channel_range=passed.channel_range,
-                batch_size=passed.batch_size,
-                seed=passed.seed,
-                progress=False,
+            samples = self._samples(source, kept) if source.uses_early_layer else None
+            context = passed.outlier_context(samples, progress=False, early=source.uses_early_layer)
+            early = context.early_prototypes
+            return source.features(
+                replace(
+                    context,
+                    class_prototypes=context.class_prototypes[kept],
+                    early_prototypes=None if early is None else early[kept.to(early.device)],
+                )
             )
-            return source.features(context)
 
     def _samples(self, source: OutlierSource, kept: Tensor) -> TrainingSamples | None:
         """Training images to mix; without some classes, those that the classifier takes for one of the others."""

@@ -289,17 +289,7 @@ class _KeptPass:
         self.predictions = torch.cat(passed.predictions)
         self.classes = passed.classes
         self.image_shape = passed.image_shape if passed.one_size else ()
-        early = passed.early_prototypes
-        self._context = OutlierContext(
-            class_prototypes=passed.prototypes.means,
-            extractor=extractor,
-            early_prototypes=None if early is None else early.means,
-            samples=passed.samples(),
-            image_shape=passed.image_shape,
-            channel_range=passed.channel_range,
-            batch_size=passed.batch_size,
-            seed=seed,
-        )
+        self._context = passed.outlier_context(passed.samples())
 
     def serves(self, source: OutlierSource) -> bool:
         """Whether what the source asks for was kept."""
