@@ -40,6 +40,7 @@ __all__ = [
     "TrainingSamples",
     "UniformNoise",
     "content_keys",
+    "named_source",
     "outlier_source",
 ]
 
@@ -252,6 +253,26 @@ class PrototypeMean(OutlierSource):
     def features(self, context: OutlierContext) -> Tensor:
         """See `OutlierSource.features`."""
         return context.class_prototypes.mean(0, keepdim=True)
+
+
+def named_source(name: str, n: int | None = None, lam: float = Mixup.lam) -> OutlierSource:
+    """The source "mixup", "noise" or "mean", as command lines and other libraries name them.
+
+    Args:
+        name: of the source.
+        n: number of outliers; None: the source's own default.
+        lam: λ of "mixup". Both are ignored where a source has no use for them.
+
+    Raises:
+        GroodError: for another name, or arguments out of range.
+    """
+    if name == "mixup":
+        return Mixup(n, lam)
+    if name == "noise":
+        return UniformNoise() if n is None else UniformNoise(n)
+    if name == "mean":
+        return PrototypeMean()
+    raise GroodError(f"there is no source of outliers {name!r}; there are mixup, noise and mean")
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ def fit(
 
 
 def _outlier_source(kind: _Outliers, n: int | None, lam: float | None, images: ImageLoader | None) -> OutlierSource:
-    from torch_grood import Mixup, OutlierSamples, PrototypeMean, UniformNoise
+    from torch_grood.outliers import Mixup, OutlierSamples, named_source
 
     if lam is not None and kind is not _Outliers.mixup:
         raise GroodError(f"--lam belongs to --outliers mixup, not to {kind}; leave it out")
@@ -245,16 +245,11 @@ def _outlier_source(kind: _Outliers, n: int | None, lam: float | None, images: I
         raise GroodError(f"--ood belongs to --outliers samples, not to {kind}; add --outliers samples or leave it out")
     if n is not None and kind is _Outliers.mean:
         raise GroodError("--outliers mean uses no outliers; leave --n out")
-    count = {} if n is None else {"n": n}
-    if kind is _Outliers.mixup:
-        return Mixup(**count, **({} if lam is None else {"lam": lam}))  # type: ignore[arg-type]
-    if kind is _Outliers.noise:
-        return UniformNoise(**count)
-    if kind is _Outliers.mean:
-        return PrototypeMean()
+    if kind is not _Outliers.samples:
+        return named_source(kind, n, Mixup.lam if lam is None else lam)
     if images is None:
         raise GroodError("--outliers samples needs real OOD images; add --ood DIR")
-    return OutlierSamples(images, **count)
+    return OutlierSamples(images, n)
 
 
 def _classes(text: str, source: ImageSource) -> Sequence[int | str]:

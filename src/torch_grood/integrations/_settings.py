@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_grood.errors import GroodError
-from torch_grood.outliers import Mixup, OutlierSamples, OutlierSource, PrototypeMean, UniformNoise
+from torch_grood.outliers import Mixup, OutlierSamples, OutlierSource, named_source
 
 __all__ = ["LAMBDAS", "SOURCES", "finite", "make_source"]
 
@@ -22,7 +22,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def make_source(
-    outliers: str | OutlierSource, lam: float = 0.9, n: int | None = None, val_ood: Iterable[Any] | None = None
+    outliers: str | OutlierSource, lam: float = Mixup.lam, n: int | None = None, val_ood: Iterable[Any] | None = None
 ) -> OutlierSource:
     """The outlier source of a name; what it has no use for of the other arguments is ignored, as in a grid.
 
@@ -37,14 +37,10 @@ def make_source(
     """
     if isinstance(outliers, OutlierSource):
         return outliers
-    if outliers == "mixup":
-        return Mixup(n=n, lam=lam)
-    if outliers == "noise":
-        return UniformNoise() if n is None else UniformNoise(n)
-    if outliers == "mean":
-        return PrototypeMean()
-    if outliers != "val_ood":
+    if outliers not in SOURCES:
         raise GroodError(f"outliers must be one of {', '.join(SOURCES)}, or a source such as Mixup(); got {outliers!r}")
+    if outliers != "val_ood":
+        return named_source(outliers, n, lam)
     if val_ood is None:
         raise GroodError(
             "outliers='val_ood' needs real outliers, and there are none here; pass OutlierSamples(loader) instead, or "

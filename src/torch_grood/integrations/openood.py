@@ -32,7 +32,7 @@ from torch_grood.features import FeatureExtractor, unwrap
 from torch_grood.integrations._settings import LAMBDAS, finite, make_source
 from torch_grood.neighbors import GradientIndex, StoreOptions
 from torch_grood.neighbors.store import as_store_options
-from torch_grood.outliers import OutlierContext, OutlierSource
+from torch_grood.outliers import Mixup, OutlierContext, OutlierSource
 from torch_grood.prototypes import as_labels
 from torch_grood.training_pass import TrainingPass
 
@@ -114,7 +114,7 @@ class GROODPostprocessor(_BasePostprocessor):  # type: ignore[misc]
         config: Any = None,
         *,
         outliers: str | OutlierSource = "mixup",
-        lam: float = 0.9,
+        lam: float = Mixup.lam,
         n: int | None = None,
         sweep: Mapping[str, Sequence[Any]] | None = None,
         index: str | GradientIndex = "exact",

@@ -16,7 +16,7 @@ from torch_grood._optional import require
 from torch_grood.detector import GROOD
 from torch_grood.integrations._settings import LAMBDAS, finite, make_source
 from torch_grood.neighbors import GradientIndex, StoreOptions
-from torch_grood.outliers import OutlierSource
+from torch_grood.outliers import Mixup, OutlierSource
 from torch_grood.prototypes import as_labels
 
 require("pytorch_ood.api", extra="bench")
@@ -79,7 +79,7 @@ class GROODDetector(FeaturesDetector):  # type: ignore[misc]
         self,
         model: nn.Module | None,
         outliers: str | OutlierSource | None = None,
-        lam: float = 0.9,
+        lam: float = Mixup.lam,
         n: int | None = None,
         *,
         index: str | GradientIndex = "exact",

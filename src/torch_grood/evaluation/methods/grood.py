@@ -15,7 +15,7 @@ from torch_grood.evaluation.methods.base import Method, MethodUnavailableError, 
 from torch_grood.evaluation.methods.parameters import Count, Number, OneOf, Text, parameter
 from torch_grood.evaluation.outputs import World
 from torch_grood.neighbors import make_index
-from torch_grood.outliers import Mixup, OutlierSource, PrototypeMean, UniformNoise
+from torch_grood.outliers import Mixup, named_source
 
 __all__ = ["Grood"]
 
@@ -88,8 +88,9 @@ class Grood(Method):
             return self._real_outliers(world)
         if world.outliers is None:
             self._unavailable("needs the network to make outliers, and there are only features; use outliers=mean")
+        source = named_source(self.outliers, self.n, Mixup.lam if self.lam is None else self.lam)
         try:
-            return world.outliers.features(self._source(), world.left_out)
+            return world.outliers.features(source, world.left_out)
         except GroodError as error:
             raise MethodUnavailableError(f"{self.label}: {error}") from error
 
@@ -103,10 +104,3 @@ class Grood(Method):
             self._unavailable(f"is to take {n} validation outliers, and there are only {len(features)}")
         rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(world.seed))[:n]
         return features[rows.sort().values]
-
-    def _source(self) -> OutlierSource:
-        if self.outliers == "noise":
-            return UniformNoise() if self.n is None else UniformNoise(self.n)
-        if self.outliers == "mixup":
-            return Mixup(self.n) if self.lam is None else Mixup(self.n, self.lam)
-        return PrototypeMean()
