@@ -13,9 +13,10 @@ Which one was used belongs to the result, and so does a choice at the end of its
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch_grood._progress import Progress, track
 from torch_grood.errors import GroodError
 from torch_grood.evaluation.methods import Method, MethodUnavailableError
 from torch_grood.evaluation.metrics import auroc
-from torch_grood.evaluation.outputs import Outputs, World
+from torch_grood.evaluation.outputs import Outputs, World, kept_classes
 
 __all__ = ["Choice", "ChooseBy", "Trial", "choose", "held_out_groups"]
 
@@ -89,24 +90,30 @@ def choose(method: Method, world: World, by: ChooseBy, *, progress: Progress = N
     grid = _free_grid(method)
     if not grid:
         return Choice(method)
-    tasks = list(_tasks(world, by))
+    tasks = _tasks(world, by)
     if not tasks:
         raise GroodError(
             f"choosing by {by} needs validation images of classes that are left out and of others at a time; name "
             "images of more classes in id.val, or choose on validation OOD instead"
         )
-    trials = []
     combined = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     # A parameter of one choice may have no meaning beside another, as λ has none without mixing: these are the same.
     candidates = list(dict.fromkeys(method.replace(**parameters) for parameters in combined))
-    for candidate in track(candidates, progress, f"choose {method.name}"):
+    found: dict[Method, list[float]] = {candidate: [] for candidate in candidates}
+    reasons: dict[Method, str] = {}
+    # Task by task, and the last one only is kept: a reduced world is a copy of nearly all training features.
+    task_of = lru_cache(maxsize=1)(lambda make: make())
+    for make, candidate in track(list(itertools.product(tasks, candidates)), progress, f"choose {method.name}"):
+        if candidate not in reasons:
+            try:
+                found[candidate].append(_auroc(candidate, *task_of(make)))
+            except MethodUnavailableError as error:
+                reasons[candidate] = str(error)
+    trials = []
+    for candidate in candidates:
         parameters = {name: getattr(candidate, name) for name in grid}
-        try:
-            found = [_auroc(candidate, *task) for task in tasks]
-        except MethodUnavailableError as error:
-            trials.append(Trial(parameters, None, str(error)))
-            continue
-        trials.append(Trial(parameters, sum(found) / len(found)))
+        value = None if candidate in reasons else sum(found[candidate]) / len(tasks)
+        trials.append(Trial(parameters, value, reasons.get(candidate)))
     done = [trial for trial in trials if trial.value is not None]
     if not done:
         # Such as ODIN, whose network cannot forget a class. What it cannot have at all shows when it is fitted.
@@ -134,26 +141,31 @@ def held_out_groups(n_classes: int, seed: int) -> list[list[int]]:
 _Task = tuple[World, Outputs, Outputs]
 
 
-def _tasks(world: World, by: ChooseBy) -> Iterator[_Task]:
-    """What to fit on, ID images and outliers."""
-    if world.val is None:
+def _tasks(world: World, by: ChooseBy) -> list[Callable[[], _Task]]:
+    """What makes each task: what to fit on, ID images and outliers."""
+    val, val_ood = world.val, world.val_ood
+    if val is None:
         raise GroodError(f"choosing by {by} needs ID validation images; name them in the benchmark as id.val")
     if by is ChooseBy.validation_ood:
-        if world.val_ood is None:
+        if val_ood is None:
             raise GroodError(
                 f"choosing by {by} needs validation outliers, which are not there; name them in the benchmark as "
                 "val_ood, or choose by held-out classes"
             )
-        yield world, world.val, world.val_ood
-        return
-    for group in held_out_groups(world.n_classes, world.seed):
-        reduced = world.without(group)
-        kept = torch.tensor([c for c in range(world.n_classes) if c not in group])
-        seen = world.val.of_classes(kept)
-        labels = seen.labels
-        assert labels is not None
-        if bool((labels < 0).any()) and bool((labels >= 0).any()):
-            yield reduced, seen.take(labels >= 0), seen.take(labels < 0)
+        return [lambda: (world, val, val_ood)]
+    there = set() if val.labels is None else set(val.labels.tolist())
+    groups = [set(group) for group in held_out_groups(world.n_classes, world.seed)]
+    return [partial(_held_out, world, group) for group in groups if there & group and there - group]
+
+
+def _held_out(world: World, group: Collection[int]) -> _Task:
+    """A world without some classes, whose validation images play the outliers."""
+    reduced, val = world.without(group), world.val
+    assert reduced.val is not None
+    assert val is not None
+    seen = val.of_classes(kept_classes(world.n_classes, group))
+    assert seen.labels is not None
+    return reduced, reduced.val, seen.take(seen.labels < 0)
 
 
 def _auroc(method: Method, world: World, inside: Outputs, outside: Outputs) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch_grood._progress import Progress
 from torch_grood.data import ImageLoader
 from torch_grood.errors import GroodError
+from torch_grood.evaluation.outputs import kept_classes
 from torch_grood.feature_store import FeatureStore
 from torch_grood.features import FeatureExtractor
 from torch_grood.outliers import Mixup, OutlierSource, TrainingSamples, UniformNoise
@@ -84,7 +85,7 @@ class MadeOutliers:
         passed = self.passed
         if source.uses_early_layer and self.why_not is not None:
             raise GroodError(self.why_not)
-        kept = torch.tensor([c for c in range(len(self.prototypes)) if c not in without])
+        kept = kept_classes(len(self.prototypes), without)
         with passed.extractor.evaluation():
             samples = self._samples(source, kept) if source.uses_early_layer else None
             context = passed.outlier_context(samples, progress=False, early=source.uses_early_layer)

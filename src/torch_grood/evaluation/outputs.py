@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch_grood.errors import GroodError
 from torch_grood.outliers import OutlierSource
 
-__all__ = ["Head", "ImageAccess", "Model", "OutlierFeatures", "Outputs", "World"]
+__all__ = ["Head", "ImageAccess", "Model", "OutlierFeatures", "Outputs", "World", "kept_classes"]
 
 
 class ImageAccess(Protocol):
@@ -65,6 +65,11 @@ class Model(NamedTuple):
 
     module: nn.Module
     std: tuple[float, ...]
+
+
+def kept_classes(n_classes: int, left_out: Collection[int]) -> Tensor:
+    """The classes that are left, ascending, int64."""
+    return torch.tensor([c for c in range(n_classes) if c not in left_out])
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +156,7 @@ class World:
             raise GroodError(
                 f"classes {sorted(classes)} cannot be left out of {self.n_classes}: two at least must be left"
             )
-        kept = torch.tensor([c for c in range(self.n_classes) if c not in classes])
+        kept = kept_classes(self.n_classes, classes)
 
         def reduced(outputs: Outputs) -> Outputs:
             outputs = outputs.of_classes(kept)
