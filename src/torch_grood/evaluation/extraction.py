@@ -10,7 +10,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -132,20 +132,21 @@ def extract_sets(
             unreadable file, an empty set.
     """
     extractor = FeatureExtractor(model, head, early_layer)
-    cost = ExtractionCost(images=sum(len(loader.dataset) for loader in sets.all().values()))
+    loaders = sets.all()
+    cost = ExtractionCost(images=sum(len(loader.dataset) for loader in loaders.values()))
     started = time.monotonic()
     with extractor.evaluation(), _counting(extractor.model, cost):
         # Before hours of reading.
         n_classes = extractor(store.first_image(sets.train)).logits.shape[1]
         for key in ("train", "val", "test"):
-            if key in sets.all():
-                _check_labels(sets.all()[key], key, n_classes)
+            if key in loaders:
+                _check_labels(loaders[key], key, n_classes)
         _check_classes(sets.train, n_classes)
         _say_set("train", sets.train)
         outliers = MadeOutliers.of(extractor, sets.train, store, seed, _of(progress, "train"))
         with _no_news():
             read = {"train": _read(extractor, sets.train, store, "train", progress)}
-        for key, loader in sets.all().items():
+        for key, loader in loaders.items():
             if key not in read:
                 _say_set(key, loader)
                 read[key] = _read(extractor, loader, store, key, progress)
@@ -243,13 +244,19 @@ class _Images:
     key: str
     progress: NamedProgress
 
-    def scores(self, name: str, score: object) -> Tensor:
+    def scores(self, name: str, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """See `ImageAccess`."""
         description = f"{name.partition('-')[0]}: {self.key}"
         with self.extractor.evaluation():
             return stored_scores(
-                self.extractor, self.loader, self.store, name, score,  # type: ignore[arg-type]
-                progress=_of(self.progress, description), description=description,
-            )  # fmt: skip
+                self.extractor,
+                self.loader,
+                self.store,
+                name,
+                score,
+                progress=_of(self.progress, description),
+                description=description,
+            )
 
 
 def _head_of(extractor: FeatureExtractor, outputs: Outputs) -> Head | None:
@@ -270,18 +277,13 @@ def _head_of(extractor: FeatureExtractor, outputs: Outputs) -> Head | None:
 
 def _check_labels(loader: ImageLoader, key: str, n_classes: int) -> None:
     source = loader.dataset.source
-    wrong = (
-        "no labels"
-        if source.labels is None
-        else next(
-            (
-                f"{label} for {path}"
-                for label, path in zip(source.labels, source.paths, strict=True)
-                if not 0 <= label < n_classes
-            ),
-            None,
-        )
-    )
+    labels = source.labels
+    wrong = None
+    if labels is None:
+        wrong = "no labels"
+    elif not 0 <= min(labels) <= max(labels) < n_classes:
+        first = next(i for i, label in enumerate(labels) if not 0 <= label < n_classes)
+        wrong = f"{labels[first]} for {source.paths[first]}"
     if wrong is not None:
         raise GroodError(
             f"{source.origin}: each image of the ID set {key!r} must have one of the classifier's classes, 0 to "
@@ -308,6 +310,8 @@ def _counting(model: nn.Module, cost: ExtractionCost) -> Iterator[None]:
     def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         cost.network_images += len(inputs[0]) if inputs else 0
 
-    with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(count).remove)
+    handle = model.register_forward_pre_hook(count)
+    try:
         yield
+    finally:
+        handle.remove()
