@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch_grood.data import ImageLoader, ImageTransform, image_loader
 from torch_grood.errors import GroodError
@@ -38,8 +38,24 @@ __all__ = ["Checkpoint", "Classifier", "Settings", "run_benchmark"]
 
 _log = logging.getLogger("torch_grood")
 
-
 Report = Callable[[str], None]
+
+
+class _Ready(NamedTuple):
+    """One run, its images read.
+
+    Attributes:
+        number: of the run, from 0.
+        checkpoint, classifier: what is run.
+        fingerprint: SHA-256 of the weights.
+        outputs: what the classifier says of all sets.
+    """
+
+    number: int
+    checkpoint: Checkpoint
+    classifier: Classifier
+    fingerprint: str
+    outputs: ClassifierOutputs
 
 
 def run_benchmark(
@@ -101,11 +117,11 @@ def run_benchmark(
         if digests and digests != outputs.digests:
             warn("the transform, or the images, differ between the runs")
         digests = outputs.digests
-        fingerprint = model_fingerprint(classifier.model).weights
-        scored = _score(outputs, checkpoint, classifier, fingerprint, settings, folder, number, progress, say, warn)
+        ready = _Ready(number, checkpoint, classifier, model_fingerprint(classifier.model).weights, outputs)
+        scored = _score(ready, settings, folder, progress, say, warn)
         infos = set_infos(sets, outputs)
         say("figures and intervals")
-        run, tests = _measure(number, checkpoint, fingerprint, outputs, scored, infos, settings)
+        run, tests = _measure(ready, scored, infos, settings)
         for method in run.methods:
             for text in method.warnings:
                 warn(f"{method.label}: {text}")
@@ -154,27 +170,19 @@ def _loaders(sets: ResolvedSets, transform: ImageTransform, settings: Settings) 
 
 
 def _score(
-    outputs: ClassifierOutputs,
-    checkpoint: Checkpoint,
-    classifier: Classifier,
-    fingerprint: str,
-    settings: Settings,
-    folder: Path,
-    number: int,
-    progress: NamedProgress,
-    say: Report,
-    warn: Report,
+    ready: _Ready, settings: Settings, folder: Path, progress: NamedProgress, say: Report, warn: Report
 ) -> list[ScoredMethod]:
     """All methods, one after the other."""
+    outputs, classifier = ready.outputs, ready.classifier
     # All that scores depend on beside the method; what a file of scores is found again by.
     key = {
         "sets": dict(outputs.fingerprints),
-        "weights": fingerprint,
+        "weights": ready.fingerprint,
         "head": outputs.head_name,
         "early_layer": outputs.early_layer,
         "transform": classifier.transform.to_dict(),
         "device": str(next(classifier.model.parameters()).device.type),
-        "seed": checkpoint.seed,
+        "seed": ready.checkpoint.seed,
         "versions": {name: version_of(name) for name in ("torch-grood", "pytorch-ood")},
     }
     scored = []
@@ -184,7 +192,7 @@ def _score(
             method,
             outputs,
             by=settings.by,
-            path=scores_path(folder / "scores", f"run{number}", method),
+            path=scores_path(folder / "scores", f"run{ready.number}", method),
             key=key,
             progress=progress(f"choose {method.name}") if callable(progress) else progress,
         )
@@ -196,15 +204,10 @@ def _score(
 
 
 def _measure(
-    number: int,
-    checkpoint: Checkpoint,
-    fingerprint: str,
-    outputs: ClassifierOutputs,
-    scored: Sequence[ScoredMethod],
-    infos: Sequence[r.SetInfo],
-    settings: Settings,
+    ready: _Ready, scored: Sequence[ScoredMethod], infos: Sequence[r.SetInfo], settings: Settings
 ) -> tuple[r.Run, list[r.Comparison]]:
     """Figures of all methods, and tests of GROOD against the others."""
+    checkpoint, outputs = ready.checkpoint, ready.outputs
     groups = {group: [one.key for one in infos if one.role == group and one.status != "absent"] for group in r.GROUPS}
     comparable = r.comparability(infos)
     scores = {found.asked.label: sets for found in scored if (sets := score_sets(found)) is not None}
@@ -222,7 +225,7 @@ def _measure(
     cost, labels = outputs.cost, outputs.test.labels
     run = r.Run(
         weights=None if checkpoint.weights is None else checkpoint.weights.name,
-        weights_sha256=fingerprint,
+        weights_sha256=ready.fingerprint,
         seed=checkpoint.seed,
         accuracy=r.Accuracy(
             classifier_accuracy(outputs.test.logits, labels),
@@ -232,4 +235,4 @@ def _measure(
         methods=methods,
         peak_memory_bytes=peak_memory(),
     )
-    return run, compare(number, methods, scores, groups)
+    return run, compare(ready.number, methods, scores, groups)
