@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +97,19 @@ def patterns(n: int, classes: int = 3, shape: Sequence[int] = (3, 8, 8), seed: i
     means = torch.randn(classes, *shape, generator=torch.Generator().manual_seed(1234))
     labels = torch.arange(n) % classes
     return means[labels] + 0.5 * torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed)), labels
+
+
+def write_patterns(folder: Path, n: int, seed: int) -> Path:
+    """`patterns` as DIR/{a,b,c}/NNN.png, which a mean of 128/255 and a std of 40/255 turn into its numbers again."""
+    from PIL import Image
+
+    images, labels = patterns(n, seed=seed)
+    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        target = folder / "abc"[label]
+        target.mkdir(parents=True, exist_ok=True)
+        pixels = (40 * image + 128).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
+        Image.fromarray(pixels).save(target / f"{i:03}.png")
+    return folder
 
 
 @torch.no_grad()

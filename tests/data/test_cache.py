@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models import cnn, patterns, teach
+from models import cnn, patterns, teach, write_patterns
 from torch_grood import GROOD, ClassSample, Mixup, OutlierSamples, PrototypeMean, UniformNoise, container
 from torch_grood.data import (
     BadImageError,
@@ -40,7 +40,7 @@ from torch_grood.errors import FormatError, GroodError
 from torch_grood.feature_store import FeatureStore, Sums
 from torch_grood.training_pass import TrainingPass
 
-# Undoes what `photos` does to the numbers of `patterns`.
+# Undoes what `write_patterns` does to the numbers of `patterns`.
 AS_PATTERNS = ImageTransform(None, 8, "bilinear", (128 / 255,) * 3, (40 / 255,) * 3)
 N, BATCH, SHARD = 66, 4, 12
 
@@ -50,13 +50,7 @@ class Killed(BaseException):
 
 
 def _write(folder: Path, n: int, seed: int) -> ImageSource:
-    images, labels = patterns(n, seed=seed)
-    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        target = folder / "abc"[label]
-        target.mkdir(parents=True, exist_ok=True)
-        pixels = (40 * image + 128).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-        Image.fromarray(np.ascontiguousarray(pixels)).save(target / f"{i:03}.png")
-    return read_source(folder)
+    return read_source(write_patterns(folder, n, seed))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
-from models import cnn, patterns, teach
+from models import cnn, patterns, teach, write_patterns
 from torch_grood.data import ImageLoader, ImageTransform, image_loader, read_source
 from torch_grood.evaluation.extraction import Sets
 
-# Undoes what `write_images` does to the numbers of `patterns`.
+# Undoes what `write_patterns` does to the numbers of `patterns`.
 AS_PATTERNS = ImageTransform(None, 8, "bilinear", (128 / 255,) * 3, (40 / 255,) * 3)
-
-
-def write_images(folder: Path, n: int, seed: int) -> Path:
-    """DIR/{a,b,c}/*.png of three classes that a network can learn."""
-    images, labels = patterns(n, seed=seed)
-    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        target = folder / "abc"[label]
-        target.mkdir(parents=True, exist_ok=True)
-        pixels = (40 * image + 128).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-        Image.fromarray(np.ascontiguousarray(pixels)).save(target / f"{i:03}.png")
-    return folder
 
 
 def write_outliers(folder: Path, n: int, seed: int) -> Path:
@@ -40,7 +28,7 @@ def write_outliers(folder: Path, n: int, seed: int) -> Path:
 def write_world(folder: Path) -> Path:
     """DIR/{train,val,test}/{a,b,c}/*.png and DIR/{tune,near,far}/*.png."""
     for name, n, seed in (("train", 66, 1), ("val", 30, 2), ("test", 36, 3)):
-        write_images(folder / name, n, seed)
+        write_patterns(folder / name, n, seed)
     for name, n, seed in (("tune", 12, 4), ("near", 24, 5), ("far", 18, 6)):
         write_outliers(folder / name, n, seed)
     return folder

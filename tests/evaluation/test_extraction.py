@@ -11,9 +11,10 @@ from torch import nn
 
 pytest.importorskip("PIL")
 
-from image_world import AS_PATTERNS, loader_of, sets_of, taught_cnn, write_images, write_outliers, write_world
+from image_world import AS_PATTERNS, loader_of, sets_of, taught_cnn, write_outliers, write_world
 from PIL import Image
 
+from models import write_patterns
 from torch_grood import GROOD, Mixup, PrototypeMean, UniformNoise
 from torch_grood._progress import Progress
 from torch_grood.data import FeatureCache, image_loader, read_source
@@ -141,7 +142,7 @@ class Counted(nn.Module):
 
 
 def test_a_class_that_the_network_has_not_is_found_before_it_runs(folder: Path, tmp_path: Path) -> None:
-    write_images(tmp_path / "test", 6, seed=1)
+    write_patterns(tmp_path / "test", 6, seed=1)
     (tmp_path / "list.txt").write_text("test/a/000.png 0\ntest/b/001.png 3\n")
     loader = image_loader(read_source(tmp_path / "list.txt"), AS_PATTERNS, batch_size=16, workers=0)
     network = Counted(taught_cnn())
