@@ -21,6 +21,7 @@ from torch_grood.data.images import MAX_PIXELS
 from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL.Image import Image
     from torch import Tensor
 
@@ -76,14 +77,28 @@ class ImageTransform:
         Raises:
             GroodError: if the image is not RGB, or so elongated that resizing would blow it up beyond `MAX_PIXELS`.
         """
+        pixels = torch.from_numpy(self.pixels(image))
+        return self.normalise(pixels.permute(2, 0, 1).contiguous())
+
+    def pixels(self, image: Image) -> NDArray[np.uint8]:
+        """The image resized and cropped, not yet normalised, (H, W, 3).
+
+        Raises:
+            GroodError: as when it is called.
+        """
         if getattr(image, "mode", None) != "RGB":
             raise GroodError(
                 f"expected a PIL image of mode RGB, got {getattr(image, 'mode', type(image).__name__)}; "
                 "read files with load_image, or call image.convert('RGB')"
             )
-        pixels = np.array(self._crop(self._resize(image)))
-        values = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
-        mean, std = (torch.tensor(channels).reshape(3, 1, 1) for channels in (self.mean, self.std))
+        return np.array(self._crop(self._resize(image)))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(x / 255 − mean) / std of pixels (..., 3, H, W) uint8, as float32 on their device."""
+        values = pixels.to(torch.float32).div_(255)
+        mean, std = (
+            torch.tensor(channels, device=pixels.device).reshape(3, 1, 1) for channels in (self.mean, self.std)
+        )
         return values.sub_(mean).div_(std)
 
     @property
