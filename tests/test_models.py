@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import sys
 import urllib.error
@@ -13,8 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from torch_grood.data import PRESETS
 from torch_grood.errors import GroodError
+from torch_grood.models import from_run as runs
 from torch_grood.models import is_builtin_spec, load_model
+from torch_grood.training import folder as run_files
+from torch_grood.training.networks import resnet18_32x32
 
 FACTORIES = """
 import torch
@@ -283,7 +288,7 @@ def test_what_a_file_may_name(spec: str, builtin: bool) -> None:
 
 
 def test_own_specs_return_networks_only(file: Path) -> None:
-    for spec in ("torch_grood.models:load_model", "torch_grood.models:require", "torch_grood.errors:GroodError"):
+    for spec in ("torch_grood.models:load_model", "torch_grood.models.load:maker_of", "torch_grood.errors:GroodError"):
         _refused("is not a network of torch_grood", spec)
 
 
@@ -369,3 +374,154 @@ def test_timm_names() -> None:
     _refused("'resnet5' is not one of timm's models; did you mean", "timm:resnet5")
     for name in ("hf-hub:somebody/model", "local-dir:/tmp"):
         _refused("is not one of timm's models", f"timm:{name}")
+
+
+OWN = "torch_grood.training.networks:resnet18_32x32"
+RECORD = {
+    "title": "three kinds of things",
+    "status": "interrupted",
+    "model": {"spec": OWN, "num_classes": 3},
+    "classes": ["a", "b", "c"],
+    "transform": PRESETS["cifar10"].to_dict(),
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A folder as a training leaves it."""
+    path = tmp_path / "my run"
+    path.mkdir()
+    run_files.RunFolder(path).write(RECORD, ())
+    torch.manual_seed(4)
+    save_file(resnet18_32x32(3).state_dict(), run_files.RunFolder(path).weights)
+    return path
+
+
+def _altered(run: Path, **changes: Any) -> Path:
+    (run / "run.json").write_text(json.dumps({"format": 1} | RECORD | changes))
+    return run
+
+
+def test_the_folder_of_a_training(run: Path) -> None:
+    torch.manual_seed(4)
+    expected = resnet18_32x32(3).state_dict()
+    with torch.random.fork_rng():
+        loaded = load_model(str(run))
+    assert (loaded.spec, loaded.transform, loaded.classes) == (OWN, PRESETS["cifar10"], ("a", "b", "c"))
+    assert not any(module.training for module in loaded.model.modules())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.model.state_dict().items())
+    assert load_model(str(run), num_classes=3).classes == ("a", "b", "c")
+    _refused("my run has 3 classes, not 4; leave --num-classes out", str(run), num_classes=4)
+    assert load_model(str(_altered(run, classes=None))).classes is None
+
+
+def test_a_file_takes_the_place_of_a_runs_weights_only(run: Path, tmp_path: Path) -> None:
+    other = resnet18_32x32(3).half()
+    save_file(other.state_dict(), tmp_path / "half.safetensors")
+    loaded = load_model(str(run), tmp_path / "half.safetensors")
+    assert torch.equal(loaded.model.state_dict()["fc.weight"], other.fc.weight.float())
+    assert (loaded.spec, loaded.transform, loaded.classes) == (OWN, PRESETS["cifar10"], ("a", "b", "c"))
+
+
+def test_reader_and_writer_of_a_record_agree() -> None:
+    assert (run_files.RECORD, run_files.WEIGHTS) == (runs.RECORD, runs.WEIGHTS)
+
+
+def test_class_folders_whose_names_are_no_utf8(run: Path) -> None:
+    names = ["a", "b", b"caf\xe9".decode("utf-8", "surrogateescape")]
+    run_files.RunFolder(run).write(RECORD | {"classes": names}, ())
+    assert load_model(str(run)).classes == tuple(names)
+
+
+def test_a_folder_that_is_no_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = run / "model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    _refused("my run has no model.safetensors yet; go on with its training", str(run))
+    weights.write_bytes(content[:1000])
+    _refused("cannot be read as safetensors", str(run))
+    weights.write_bytes(content)
+    monkeypatch.chdir(run.parent)
+    (run / "run.json").rename(run / "other.json")
+    _refused(r"unknown model 'my run'; expected .* or the folder of a training \(with a run\.json\)", "my run")
+    _refused("unknown model", "x" * 10_000)
+    _refused("unknown model", "a\0b")
+
+
+def test_a_package_is_not_shadowed_by_a_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parent)
+    run.rename("torchvision:resnet5")
+    _refused("is not one of torchvision's classifiers", "torchvision:resnet5")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "no record of a training that this version reads"),
+        ({"format": True}, "no record of a training that this version reads"),
+        ({"model": None}, "model must be an object with spec and num_classes, not None"),
+        ({"model": [OWN, 3]}, "model must be an object"),
+        ({"model": {"spec": 5, "num_classes": 3}}, "spec must be a text of one line, not 5"),
+        ({"model": {"spec": "\x1b[2Jnets:net", "num_classes": 3}}, "spec must be a text of one line"),
+        ({"model": {"spec": "x" * 10**6, "num_classes": 3}}, "spec must be a text of one line"),
+        ({"model": {"spec": OWN}}, "num_classes must be a whole number, at least 1, not None"),
+        ({"model": {"spec": OWN, "num_classes": True}}, "num_classes must be a whole number"),
+        ({"model": {"spec": OWN, "num_classes": 0}}, "num_classes must be a whole number"),
+        ({"model": {"spec": OWN, "num_classes": 3.0}}, "num_classes must be a whole number"),
+        (
+            {"model": {"spec": OWN, "num_classes": 10**15}, "classes": None},
+            "says 1,000,000,000,000,000 classes, and .*",
+        ),
+        (
+            {"model": {"spec": OWN, "num_classes": 10}, "classes": None},
+            "says 10 classes, and .* no tensor with as many",
+        ),
+        ({"model": {"spec": OWN, "num_classes": 64}, "classes": None}, r"does not fit .* 2 of another shape"),
+        ({"model": {"spec": "torch_grood.models:load_model", "num_classes": 3}}, "not a network of torch_grood"),
+        ({"model": {"spec": "torchvision:resnet0", "num_classes": 3}}, "not one of torchvision's classifiers"),
+        ({"model": {"spec": "timm:hf-hub:x/y", "num_classes": 3}}, "was trained from timm:hf-hub:x/y, code that"),
+        ({"classes": ["a", "b"]}, "classes must be the names of the 3 classes"),
+        ({"classes": "abc"}, "classes must be the names of the 3 classes"),
+        ({"classes": [1, 2, 3]}, "classes must be the names of the 3 classes"),
+        ({"transform": None}, "its transform cannot be used: a transform must be an object"),
+        ({"transform": PRESETS["cifar10"].to_dict() | {"resize": 10**9}}, "its transform cannot be used: resize"),
+    ],
+)
+def test_a_record_from_anywhere(run: Path, changes: dict[str, Any], message: str) -> None:
+    _refused(message, str(_altered(run, **changes)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{", b"[" * 100_000, b"\xff\xfe\x00", b'{"format": ' + b"9" * 10_000 + b"}", b"\x00" * 100],
+    ids=range(7),
+)
+def test_a_record_that_is_none(run: Path, content: bytes) -> None:
+    (run / "run.json").write_bytes(content)
+    _refused(r"run\.json is no record of a training", str(run))
+
+
+def test_a_record_without_end(run: Path) -> None:
+    with (run / "run.json").open("wb") as file:
+        file.truncate(2**30)
+    _refused(r"run\.json is larger than 64 MiB", str(run))
+
+
+def test_a_row_of_no_numbers_is_no_head(run: Path) -> None:
+    """A tensor without elements has any number of rows for nothing."""
+    state = dict(resnet18_32x32(3).state_dict()) | {"fc.weight": torch.zeros(10**9, 0)}
+    save_file(state, run / "model.safetensors")
+    _refused("says 1,000,000,000 classes", str(_altered(run, model={"spec": OWN, "num_classes": 10**9}, classes=None)))
+    _refused(r"does not fit .*fc\.weight \(1000000000, 0\) instead of", OWN, weights=run / "model.safetensors")
+
+
+def test_a_run_of_the_users_own_code_says_what_to_type(file: Path, run: Path) -> None:
+    spec = "my nets.py:net"
+    file.rename("my nets.py")
+    message = (
+        r"my run was trained from my nets\.py:net, code that a record must not start by itself, only you; pass "
+        r"--model 'my nets\.py:net' --weights '.*my run/model\.safetensors' --transform '.*my run/transform\.json'$"
+    )
+    _refused(message, str(_altered(run, model={"spec": spec, "num_classes": 3})))
+    # A record of a record, and so on without end.
+    _refused("was trained from ", str(_altered(run, model={"spec": str(run), "num_classes": 3})))
