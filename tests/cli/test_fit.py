@@ -283,3 +283,107 @@ def test_skipped_images_are_reported_from_the_cache_too(digits: Path) -> None:
         assert "warning: left out 1 unreadable of 352 images: train/one/0000.png (not an image" in result.err
     refused = run(*fit)
     assert (refused.code, "error: train/one/0000.png: not an image" in refused.err) == (1, True)
+
+
+@pytest.fixture(scope="module")
+def trained(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training of timm's smallest ResNet on the digits."""
+    pytest.importorskip("accelerate")
+    if not pytest.importorskip("timm").is_model("test_resnet"):
+        pytest.skip("timm is older than its networks for tests")
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    options = ("--epochs", 3, "--batch-size", 32, "--lr", 0.05, "--transform", "cifar10", "--device", "cpu")
+    arguments = (*options, "--set", "crop=none", "--set", "flip=false", "--workers", 0, "--quiet")
+    result = run("train", "timm:test_resnet", "--data", original, *arguments, "--output", folder)
+    assert result.code == 0, result.err
+    return folder
+
+
+@pytest.fixture
+def run_folder(digits: Path, trained: Path) -> Path:
+    """A copy of it in the current folder."""
+    return Path(shutil.copytree(trained, "run"))
+
+
+def test_a_training_brings_all_that_a_detector_needs(run_folder: Path) -> None:
+    result = run("fit", "--model", "run", "--output", "run/digits.grood")
+    assert result.code == 0, result.err
+    assert "model: timm:test_resnet, on cpu" in result.err
+    assert "training images: 351 from run/train.txt" in result.err
+    assert "calibration images: 189 from run/val.txt" in result.err
+    assert "classes 4: one, three, two, zero" in result.out
+    detector = GROOD.load("run/digits.grood")
+    assert detector.metadata["model"] == {
+        "spec": "timm:test_resnet",
+        "weights": "model.safetensors",
+        "num_classes": None,
+    }
+    assert detector.metadata["transform"]["mean"] == [0.4914, 0.4822, 0.4465]
+    assert detector.metadata["training"] == {"paths": ["run/train.txt"]}
+    assert detector.threshold_ is not None
+    assert detector.threshold_.n == 189
+    # Beside the weights it needs no option, elsewhere the training's folder or the weights.
+    shutil.copy("run/digits.grood", "digits.grood")
+    scored = [
+        run("score", *arguments, "ood", "--format", "csv", "--all", "--quiet")
+        for arguments in (
+            ("run/digits.grood",),
+            ("digits.grood", "--model", "run"),
+            ("digits.grood", "--weights", "run/model.safetensors"),
+        )
+    ]
+    assert [result.code for result in scored] == [0, 0, 0], scored[-1].err
+    assert scored[0].out == scored[1].out == scored[2].out
+    assert run("calibrate", "digits.grood", "val", "--model", "run", "--fpr", "0.1").code == 0
+    result = run("score", "digits.grood", "ood")
+    assert (result.code, "add --weights path/to/model.safetensors" in result.err) == (1, True)
+
+
+def test_images_and_weights_of_ones_own_take_the_place_of_a_trainings(run_folder: Path) -> None:
+    weights = run_folder / "model.safetensors"
+    weights.rename("best.safetensors")
+    fit = ("fit", "--model", "run", "--output", "new.grood")
+    assert "run has no model.safetensors yet" in run(*fit).err
+    own = ("--weights", "best.safetensors", "--train", "val", "--calibrate", "test", "--fpr", "0.1")
+    result = run(*fit, *own)
+    assert result.code == 0, result.err
+    assert "training images: 189 from val" in result.err
+    assert re.search(r"calibration images: \d+ from test", result.err)
+    assert GROOD.load("new.grood").metadata["model"]["weights"] == "best.safetensors"
+    assert run("score", "new.grood", "ood", "--quiet").code == 0
+
+
+def test_a_training_that_may_go_on_is_mentioned(run_folder: Path) -> None:
+    fit = ("fit", "--model", "run", "--output", "new.grood")
+    assert "warning" not in run(*fit).err
+    record = run_folder / "run.json"
+    record.write_text(record.read_text().replace('"status": "complete"', '"status": "interrupted"'))
+    result = run(*fit, "--quiet")
+    assert (result.code, "warning: the training run is not complete" in result.err) == (0, True)
+
+
+def test_a_trainings_files_are_not_overwritten(run_folder: Path) -> None:
+    before = {path: path.read_bytes() for path in run_folder.iterdir()}
+    for name in ("model.safetensors", "train.txt", "val.txt"):
+        result = run("fit", "--model", "run", "--output", run_folder / name)
+        assert (result.code, "would overwrite an input" in result.err) == (1, True)
+    assert {path: path.read_bytes() for path in run_folder.iterdir()} == before
+
+
+def test_too_few_held_out_images_are_noticed_before_the_fit(run_folder: Path) -> None:
+    few = (run_folder / "val.txt").read_text().splitlines()[::20]
+    (run_folder / "val.txt").write_text("\n".join(few))
+    fit = ("fit", "--model", "run", "--output", "new.grood")
+    result = run(*fit)
+    assert (result.code, "fit keeps" in result.err) == (1, False)
+    assert "error: run/val.txt: a false-alarm rate of 0.05 cannot be promised from 10 calibration samples" in result.err
+    remedy = re.search(r"Here: --fpr ([\d.]+), or --calibrate with more images", result.err)
+    assert remedy is not None
+    assert remedy[1] == "0.1"
+    assert run(*fit, "--fpr", remedy[1]).code == 0
+
+
+def test_other_models_need_their_training_images_named(digits: Path) -> None:
+    result = run("fit", *MODEL, *PREPARED, "--output", "new.grood")
+    assert (result.code, result.out) == (2, "")
+    assert "Invalid value for --train: the training images of this model must be named" in result.err

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shlex
 import warnings
@@ -49,8 +50,8 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="SPEC",
-        help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory. By default the detector's own, "
-        "if it is torchvision's, timm's or torch_grood's.",
+        help="torchvision:NAME, timm:NAME, package.module:factory, file.py:factory or the folder of a grood train. By "
+        "default the detector's own, if it is torchvision's, timm's or torch_grood's.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -269,6 +270,11 @@ def held_out_source(paths: Sequence[str], root: Path | None) -> ImageSource:
     return source
 
 
+def least_rate(n: int) -> float:
+    """The least whole percentage of false alarms that n calibration images can promise."""
+    return math.ceil(100 / (n + 1)) / 100
+
+
 def to_device(model: nn.Module, device: Device) -> nn.Module:
     """Move a model.
 
@@ -326,10 +332,14 @@ def open_detector(
     """
     from torch_grood import GROOD
     from torch_grood.models import is_builtin_spec, load_model
+    from torch_grood.models.from_run import is_run
 
     detector = GROOD.load(path)
     stored = detector.metadata
     stored_spec, stored_weights, stored_classes = _stored_model(stored)
+    if spec is not None and is_run(spec):
+        # A run has its own weights, and knows its number of classes.
+        stored_weights = stored_classes = None
     reasons, options = [], []
     if spec is None and stored_spec is None:
         reasons.append("it does not say which model it was fitted on")

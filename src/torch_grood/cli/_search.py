@@ -100,10 +100,15 @@ def store_of(dtype: Store, memory: str | None) -> StoreOptions:
     """The store that --store and --memory describe."""
     from torch_grood.neighbors import StoreOptions
 
-    return StoreOptions(dtype.value, None if memory is None else _bytes(memory))
+    return StoreOptions(dtype.value, None if memory is None else bytes_of(memory))
 
 
-def _bytes(text: str) -> int:
+def bytes_of(text: str) -> int:
+    """The bytes that --memory names.
+
+    Raises:
+        GroodError: if it is no size.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if match is None or match[2] not in _UNITS:
         raise GroodError(f"--memory must be a size such as 500MB or 4GiB, got {text!r}")

@@ -27,6 +27,7 @@ from torch_grood.cli._common import (
     WorkersOption,
     check_output,
     held_out_source,
+    least_rate,
     report_bad,
     report_ignored,
     reporting,
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 __all__ = ["fit"]
 
 OUTLIERS = "Method"
+DEFAULT_RATE = 0.05
 
 
 class _Outliers(StrEnum):
@@ -80,29 +82,31 @@ def fit(
         typer.Option(
             "--model",
             metavar="SPEC",
-            help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.",
+            help="torchvision:NAME, timm:NAME, package.module:factory, file.py:factory, or the folder of a "
+            "grood train.",
             rich_help_panel=MODEL,
         ),
     ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The detector file to write.")],
     train: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--train",
             metavar="DIR|LIST",
             help="The classifier's training images: a folder of class folders, which sorted by name are its outputs "
-            "0, 1, …; or a list of lines 'path label'.",
+            "0, 1, …; or a list of lines 'path label'. Default: those of the grood train.",
         ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The detector file to write.")],
+    ] = None,
     calibrate: Annotated[
         str | None,
         typer.Option(
             "--calibrate",
             metavar="DIR|LIST",
-            help="Held-out in-distribution images for the threshold; without them the detector cannot decide.",
+            help="Held-out in-distribution images for the threshold; without them the detector cannot decide. Default: "
+            "those that the grood train held out.",
         ),
     ] = None,
-    fpr: Annotated[float, typer.Option("--fpr", help="Share of false alarms to promise.")] = 0.05,
+    fpr: Annotated[float, typer.Option("--fpr", help="Share of false alarms to promise.")] = DEFAULT_RATE,
     class_thresholds: ClassThresholdsOption = False,
     drop_training: DropTrainingOption = False,
     classes: Annotated[
@@ -156,13 +160,27 @@ def fit(
     """Fit a detector for a classifier and write it to a file.
 
     Examples:
+        grood fit --model flowers-run --output flowers.grood
         grood fit --model torchvision:resnet50 --train in/train --calibrate in/val -o in.grood
         grood fit --model nets.py:net --weights w.pt --transform cifar10 --train train.txt -o c.grood
         grood fit --model timm:resnet18 --train dogs --outliers samples --ood cats -o d.grood
         grood fit --model torchvision:vit_b_16 --train in/train --store int8 --memory 4GiB -o v.grood
         grood fit --model torchvision:resnet50 --train in/train --cache ~/in.cache -o in.grood
     """
-    check_output(output, weights, train, calibrate, ood, model.rpartition(":")[0])
+    from torch_grood.models.from_run import WEIGHTS, is_run, read_record
+
+    used_weights, is_complete = weights, True
+    if is_run(model):
+        is_complete = read_record(Path(model)).get("status") == "complete"
+        # The images that it held out chose nothing in the training, so that they may calibrate.
+        train, calibrate = train or str(Path(model) / "train.txt"), calibrate or str(Path(model) / "val.txt")
+        used_weights = weights or Path(model) / WEIGHTS
+    if train is None:
+        raise typer.BadParameter(
+            "the training images of this model must be named; only the folder of a grood train knows its own",
+            param_hint="--train",
+        )
+    check_output(output, used_weights, train, calibrate, ood, model.rpartition(":")[0])
     from torch_grood import GROOD
     from torch_grood.cli._summary import facts, rows
     from torch_grood.data import image_loader
@@ -172,6 +190,8 @@ def fit(
         raise GroodError(f"--fpr is the share of false alarms, between 0 and 1; got {fpr}")
     source = source_of([train], root, "required")
     held_out = None if calibrate is None else held_out_source([calibrate], root)
+    if held_out is not None:
+        _check_rate(fpr, held_out)
     kept = cache_of(cache, train, calibrate, ood)
     if held_out is not None and not drop_training:
         _check_apart(source, held_out)
@@ -200,6 +220,8 @@ def fit(
         reporter.say(f"model: {loaded.spec}, on {next(iter(loaded.model.parameters())).device}")
         if weights is None and loaded.transform is None:
             reporter.warn("no --weights: the network is as its factory made it")
+        if not is_complete:
+            reporter.warn(f"the training {model} is not complete; if it goes on, its weights fit this detector no more")
         reporter.say(f"preprocessing: {prepared}")
         reporter.say(f"training images: {len(source):,} from {source.origin}")
         report_ignored(source, reporter)
@@ -228,7 +250,11 @@ def fit(
             )
             detector.metadata["calibration"] = {"paths": [calibrate]}
         # The weights' bare name: a path of this machine says nothing on another.
-        stored = {"spec": loaded.spec, "weights": None if weights is None else weights.name, "num_classes": num_classes}
+        stored = {
+            "spec": loaded.spec,
+            "weights": None if used_weights is None else used_weights.name,
+            "num_classes": num_classes,
+        }
         detector.metadata.update({"model": stored, "transform": prepared.to_dict(), "training": {"paths": [train]}})
         detector.save(output)
     if not quiet:
@@ -268,6 +294,21 @@ def _check_apart(train: ImageSource, held_out: ImageSource) -> None:
             f"{len(both)} of {len(held_out)} calibration images are training images ({shorten(sorted(both))}); "
             "calibrate on held-out images"
         )
+
+
+def _check_rate(fpr: float, held_out: ImageSource) -> None:
+    """Say before the long pass, not after it, that so few images cannot promise so little."""
+    import torch
+
+    from torch_grood import ConformalThreshold
+
+    try:
+        ConformalThreshold.fit(torch.zeros(len(held_out)), fpr)
+    except GroodError as error:
+        raise GroodError(
+            f"{held_out.origin}: {error} Here: --fpr {least_rate(len(held_out)):g}, or --calibrate with more "
+            "images that the classifier was not trained on"
+        ) from None
 
 
 def _check_accuracy(info: FitInfo, reporter: Reporter) -> None:
