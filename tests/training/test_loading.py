@@ -197,3 +197,12 @@ def test_what_a_worker_sends_can_be_pinned(source: ImageSource, monkeypatch: pyt
     read = files._read([(0, 0), (0, 1)])
     assert pin_memory(read).bad is None
     assert pinned == [(2, 10, 8, 3)]
+
+
+def test_what_lies_in_memory_can_be_pinned(source: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[tuple[int, ...]] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: (pinned.append(tuple(self.shape)), self)[1])
+    images = open_images(source, Augmentation(TRANSFORM), memory=2**30, workers=0, pin=True, progress=False)
+    (batch,) = images.batches([Wanted(0, [0, 1])])
+    assert batch.shape == (2, 3, 10, 8)
+    assert pinned == [(2, 10, 8, 3)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -95,11 +96,8 @@ class ImageTransform:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(x / 255 − mean) / std of pixels (..., 3, H, W) uint8, as float32 on their device."""
-        values = pixels.to(torch.float32).div_(255)
-        mean, std = (
-            torch.tensor(channels, device=pixels.device).reshape(3, 1, 1) for channels in (self.mean, self.std)
-        )
-        return values.sub_(mean).div_(std)
+        mean, std = (_on(pixels.device, channels) for channels in (self.mean, self.std))
+        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     @property
     def output_size(self) -> tuple[int, int] | None:
@@ -244,6 +242,12 @@ def _channels(name: str, value: object) -> tuple[float, float, float]:
         )
     red, green, blue = (float(v) for v in value)
     return red, green, blue
+
+
+@lru_cache(maxsize=32)
+def _on(device: torch.device, channels: tuple[float, float, float]) -> Tensor:
+    """Kept, since copying three numbers to an accelerator waits for all that it has to do before."""
+    return torch.tensor(channels, device=device).reshape(3, 1, 1)
 
 
 def _centre(available: int, wanted: int) -> int:

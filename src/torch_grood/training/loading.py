@@ -118,9 +118,11 @@ class ImagesInMemory:
         pixels: as in evaluation, (n, H, W, 3) uint8.
         labels: int64 (n,).
         augmentation: one that acts on pixels.
+        pin: see `ImageFiles`.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, augmentation: Augmentation) -> None:
+    def __init__(self, pixels: Tensor, labels: Tensor, augmentation: Augmentation, pin: bool = False) -> None:
+        self._pin = pin
         self.labels = labels
         self.augmentation = augmentation
         margin = augmentation.margin
@@ -139,7 +141,7 @@ class ImagesInMemory:
             across = torch.where(mirrored[:, None], columns.flip(0), columns) + left[:, None]
             down = rows + top[:, None]
             picked = self._padded[torch.tensor(positions)[:, None, None], down[:, :, None], across[:, None, :]]
-            yield picked.permute(0, 3, 1, 2)
+            yield (picked.pin_memory() if self._pin else picked).permute(0, 3, 1, 2)
 
 
 def open_images(
@@ -174,7 +176,7 @@ def open_images(
     wanted = [Wanted(0, range(start, min(start + _DECODED_AT_A_TIME, len(source)))) for start in starts]
     for start, batch in zip(track(starts, progress, "decoding"), plain.batches(wanted), strict=True):
         pixels[start : start + len(batch)] = batch.permute(0, 2, 3, 1)
-    return ImagesInMemory(pixels, files.labels, augmentation)
+    return ImagesInMemory(pixels, files.labels, augmentation, pin)
 
 
 class _Itself(Dataset[Any]):
