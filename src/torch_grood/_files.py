@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch_grood.errors import GroodError
 
-__all__ = ["read_at_most", "replacing", "target_of"]
+__all__ = ["alone", "read_at_most", "replacing", "target_of"]
 
 _DAY = 86_400
 
@@ -44,6 +44,30 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(lock: Path, doing: str) -> Iterator[None]:
+    """Keep other processes out of the block, by a lock file that stays; the lock ends with the process.
+
+    Args:
+        lock: the file, made if it is not there.
+        doing: what the other process would be doing, for the message.
+
+    Raises:
+        GroodError: if another process is in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        yield
+        return
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise GroodError(f"another process is {doing}; wait until it is done, then try again") from None
+        yield
 
 
 def read_at_most(path: str | os.PathLike[str], size: int, expected: str) -> bytes:

@@ -231,8 +231,16 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, mes
 
 def test_a_file_with_two_keys_is_a_recipe(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text('name = "mine"\nmodel = "nets.py:net"\n')
-    assert read_recipe(file) == read_recipe(str(file)) == RECIPE
+    file.write_text('name = "mine"\nmodel = "timm:resnet18"\n')
+    assert read_recipe(file) == read_recipe(str(file)) == replace(RECIPE, model="timm:resnet18")
+
+
+@pytest.mark.parametrize("model", ["posix:abort", "nets.py:net", "torch_grood.__main__:main", "runs/seed0"])
+def test_a_file_starts_no_code(tmp_path: Path, model: str) -> None:
+    file = tmp_path / "theirs.toml"
+    file.write_text(f'name = "theirs"\nmodel = "{model}"\n')
+    with pytest.raises(GroodError, match="is code that a file must not start by itself, only you"):
+        read_recipe(file)
 
 
 texts = st.text(st.characters(exclude_categories=["C", "Z"]) | st.just(" "), max_size=30)
@@ -307,3 +315,14 @@ def test_built_in_files_leave_no_published_value_to_the_defaults() -> None:
             "weight_decay",
         }
         assert needed <= written.keys()
+
+
+def test_a_number_may_begin_with_its_point() -> None:
+    assert read_recipe("cifar10-resnet18").overridden(["lr=.5"]).lr == 0.5
+
+
+def test_a_benchmarks_name_is_not_taken_for_a_network() -> None:
+    with pytest.raises(GroodError, match=r"unknown recipe 'cifar10'; did you mean cifar10-resnet18\?"):
+        read_recipe("cifar10")
+    with pytest.raises(GroodError, match="did you mean imagenet-resnet50 or imagenet-swin-t or imagenet-vit-b-16"):
+        read_recipe("imagenet")

@@ -220,10 +220,21 @@ def test_a_checkpoint_of_another_form_is_told(recipe: Recipe, data: Path, stoppe
     file = stopped / "checkpoint.safetensors"
     kept = read_checkpoint(file)
     other: list[dict[str, Any]] = [{"figures": 3}, {"figures": [{"epoch": 1}]}, {"seconds": "long"}, {"resumed": None}]
-    for record in ({}, *(kept.record | one for one in other)):
-        write_checkpoint(file, replace(kept, record=record))
+    for one in other:
+        write_checkpoint(file, replace(kept, record=kept.record | one))
         with pytest.raises(GroodError, match="is damaged"):
             run(recipe, stopped, data)
+    for step in (-1, 0, 28):
+        write_checkpoint(file, replace(kept, step=step))
+        with pytest.raises(GroodError, match="is damaged"):
+            run(recipe, stopped, data)
+    for record in ({}, kept.record | {"identity": {"recipe": {}}}):
+        write_checkpoint(file, replace(kept, record=record))
+        with pytest.raises(GroodError, match="is that of another run"):
+            run(recipe, stopped, data)
+    write_checkpoint(file, replace(kept, record=kept.record | {"steps_per_epoch": 8}))
+    with pytest.raises(GroodError, match="with 1 processes an epoch has 9 steps, as each needs two images a step"):
+        run(recipe, stopped, data)
     for changed in (
         replace(kept, model={name: tensor for name, tensor in kept.model.items() if name != "0.weight"}),
         replace(kept, model={name: tensor.reshape(-1)[:1] for name, tensor in kept.model.items()}),
@@ -264,3 +275,22 @@ def test_a_checkpoint_holds_no_code(stopped: Path) -> None:
     assert {name.partition(".")[0] for name in load_file(file)} == {"model", "optimizer", "sums"}
     with safe_open(file, framework="pt") as opened:
         assert list(opened.metadata()) == ["torch-grood-training"]
+
+
+@pytest.mark.parametrize("history", [[], {}, [{"epoch": 1}], None])
+def test_an_altered_record_of_a_complete_run_is_told(
+    recipe: Recipe, data: Path, done: TrainingRun, tmp_path: Path, history: object
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(done.folder.path, folder)
+    record = json.loads((folder / "run.json").read_text()) | {"history": history}
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(GroodError, match=r"run\.json was altered"):
+        run(recipe, folder, data)
+
+
+def test_images_may_be_moved(done: TrainingRun, recipe: Recipe, data: Path, stopped: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(data, moved)
+    assert_same_run(run(recipe, stopped, moved), done)
+    assert str(moved) in (stopped / "train.txt").read_text()

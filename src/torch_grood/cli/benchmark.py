@@ -69,7 +69,8 @@ def benchmark(
         typer.Option(
             "--model",
             metavar="SPEC",
-            help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.",
+            help="torchvision:NAME, timm:NAME, package.module:factory, file.py:factory, or the folder of a "
+            "grood train.",
             rich_help_panel=MODEL,
         ),
     ] = None,
@@ -213,6 +214,7 @@ def benchmark(
     from torch_grood.evaluation.image_sets import data_root, resolve
     from torch_grood.evaluation.methods import methods_of
     from torch_grood.evaluation.spec import read_spec
+    from torch_grood.models.from_run import WEIGHTS, is_run
 
     settings = Settings(
         methods=tuple(methods_of(methods)),
@@ -224,6 +226,8 @@ def benchmark(
         head=head,
         early_layer=early_layer,
     )
+    if not weights and is_run(model):
+        weights = [str(Path(model) / WEIGHTS)]
     checkpoints = _checkpoints(weights or [], seeds)
     described = read_spec(spec)
     with reporting(quiet) as reporter:

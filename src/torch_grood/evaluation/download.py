@@ -21,10 +21,10 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from torch_grood._files import alone
 from torch_grood._optional import require
 from torch_grood._progress import Progress, track
 from torch_grood.errors import GroodError
@@ -97,7 +97,8 @@ def fetch(archive: Archive, root: str | Path, progress: Progress = None) -> bool
         downloads = root / _DOWNLOADS
         downloads.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(downloads):
+        # Two downloads of the same file would write into each other's halves.
+        with alone(downloads / "lock", f"fetching into {root}"):
             # Another process may have fetched it while this one waited to be alone.
             if is_there(archive, root):
                 return False
@@ -122,24 +123,6 @@ _HINT = "Try again later, or fetch it in a browser and unpack it to "
 
 class _UnsafeArchiveError(Exception):
     """A downloaded file that is no ZIP file, or one that nobody should unpack."""
-
-
-@contextmanager
-def _alone(downloads: Path) -> Iterator[None]:
-    """Two downloads of the same file would write into each other's halves."""
-    try:
-        import fcntl
-    except ImportError:  # not on this system
-        yield
-        return
-    with (downloads / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GroodError(
-                f"another process is fetching into {downloads.parent}; wait until it is done, then try again"
-            ) from None
-        yield
 
 
 def _download(archive: Archive, downloads: Path, quiet: bool) -> Path:

@@ -18,6 +18,8 @@ __all__ = ["Computation"]
 
 _DEVICES = ("auto", "cpu", "cuda", "mps")
 _PRECISIONS = ("no", "bf16", "fp16")
+# accelerate's ways to use processes that leave each of them the whole network.
+_KINDS = ("NO", "MULTI_CPU", "MULTI_GPU")
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,27 @@ class Computation:
                 accelerator = accelerate.Accelerator(cpu=self.device == "cpu", mixed_precision=self.mixed_precision)
             except ValueError as error:
                 raise GroodError(f"accelerate cannot compute so here: {error}") from None
-            # accelerate takes it, and computes in float32.
-            if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-                raise GroodError("mixed precision fp16 needs an accelerator; on the CPU use bf16, or no")
+            self._check(accelerator)
             try:
                 yield accelerator
             finally:
                 accelerator.free_memory()
+
+    def _check(self, accelerator: Any) -> None:
+        """What the user's configuration of accelerate may say, and this does not do."""
+        kind = accelerator.distributed_type.value
+        if kind not in _KINDS:
+            raise GroodError(f"accelerate is configured for {kind}, and training here needs one of {', '.join(_KINDS)}")
+        if accelerator.gradient_accumulation_steps != 1:
+            raise GroodError("accelerate is configured to accumulate gradients; use micro_batch (--micro-batch) for it")
+        precision, device = accelerator.mixed_precision, accelerator.device.type
+        if precision not in _PRECISIONS:
+            raise GroodError(f"accelerate is configured for {precision}; expected one of {', '.join(_PRECISIONS)}")
+        # accelerate takes it, and computes in float32.
+        if precision == "fp16" and device == "cpu":
+            raise GroodError("mixed precision fp16 needs an accelerator; on the CPU use bf16, or no")
+        if self.device not in ("auto", device):
+            raise GroodError(f"accelerate is configured for {device}, not for {self.device}; mend one of the two")
 
     def described(self, accelerator: Any) -> dict[str, Any]:
         """All that may change the last bits, as JSON-able data."""

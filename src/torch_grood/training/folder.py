@@ -16,17 +16,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from torch_grood._files import replacing
+from torch_grood._files import alone, replacing
 from torch_grood.data.sources import ImageSource
 from torch_grood.errors import GroodError, MissingDependencyError
 from torch_grood.models.from_run import RECORD, RECORD_FORMAT, TRANSFORM, WEIGHTS, read_record
 
-__all__ = ["CHECKPOINT", "EpochFigures", "RunFolder"]
+__all__ = ["CHECKPOINT", "EpochFigures", "RunFolder", "figures_of"]
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -43,7 +48,7 @@ class EpochFigures:
         accuracy: of them.
         val_loss: mean cross entropy over the validation images, after it.
         val_accuracy: of them.
-        seconds: it took, validation and checkpoints left out.
+        seconds: it took, with validation, without the writing of files.
         images_per_second: of training.
     """
 
@@ -58,11 +63,24 @@ class EpochFigures:
     images_per_second: float
 
 
+def figures_of(data: Sequence[Mapping[str, Any]]) -> tuple[EpochFigures, ...]:
+    """Figures that were stored as JSON.
+
+    Raises:
+        TypeError, ValueError: if they are not what they should be.
+    """
+    figures = tuple(EpochFigures(**one) for one in data)
+    for one in figures:
+        if not all(type(value) in (int, float) and math.isfinite(value) for value in asdict(one).values()):
+            raise ValueError(f"{one} has something else than numbers")
+    return figures
+
+
 class RunFolder:
     """Reads and writes the files of a run.
 
     Args:
-        path: of the folder; made by `begin`.
+        path: of the folder; made by `alone`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -88,8 +106,6 @@ class RunFolder:
             GroodError: if the folder holds something else, or a run of something else.
         """
         if not self.path.exists():
-            if not self.path.absolute().parent.is_dir():
-                raise GroodError(f"the folder {self.path.parent} does not exist; make it first")
             return None
         if not self.path.is_dir():
             raise GroodError(f"{self.path} is a file; give a new folder")
@@ -105,23 +121,41 @@ class RunFolder:
             raise GroodError(f"{self.path} holds another training run; give a new folder. What differs:{listed}")
         return record
 
-    def begin(self, record: Mapping[str, Any], train: ImageSource, val: ImageSource) -> None:
-        """Make the folder, and write what is known before the first step.
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Make the folder, and keep other processes from training in it.
 
         Raises:
-            GroodError: if it cannot be written to.
+            GroodError: if it cannot be made, or another process is training in it.
         """
         try:
-            self.path.mkdir(exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise GroodError(f"cannot make the folder {self.path}: {error.strerror or error}") from None
+        with alone(self.path / ".lock", f"training in {self.path}"):
+            yield
+
+    def begin(self, record: Mapping[str, Any], train: ImageSource, val: ImageSource) -> None:
+        """Write what is known before the first step.
+
+        Raises:
+            GroodError: if it cannot be written.
+        """
         # First, since by it the folder is known as a run's if the rest does not come to be written.
         self.write(record, ())
+        _write_text(self.path / TRANSFORM, json.dumps(record["transform"]) + "\n")
+        self.write_lists(train, val)
+
+    def write_lists(self, train: ImageSource, val: ImageSource) -> None:
+        """Write where the images lie; they may have been moved since an earlier call.
+
+        Raises:
+            GroodError: if it cannot be written.
+        """
         for name, source in (("train.txt", train), ("val.txt", val)):
             assert source.labels is not None
             lines = [f"{path} {label}\n" for path, label in zip(source.paths, source.labels, strict=True)]
             _write_text(self.path / name, "".join(lines))
-        _write_text(self.path / TRANSFORM, json.dumps(record["transform"]) + "\n")
 
     def write(self, record: Mapping[str, Any], figures: Sequence[EpochFigures]) -> None:
         """Write the record, and the figures as a table and a curve.
@@ -130,7 +164,7 @@ class RunFolder:
             GroodError: if it cannot be written.
         """
         content = {"format": RECORD_FORMAT, **record, "history": [asdict(one) for one in figures]}
-        _write_text(self.path / RECORD, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        _write_text(self.path / RECORD, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         table = io.StringIO()
         writer = csv.DictWriter(table, [field.name for field in fields(EpochFigures)], lineterminator="\n")
         writer.writeheader()
@@ -147,6 +181,20 @@ class RunFolder:
         """
         return read_record(self.path)
 
+    def figures(self, record: Mapping[str, Any]) -> tuple[EpochFigures, ...]:
+        """The figures in the record of a complete run.
+
+        Raises:
+            GroodError: if there are none, or they are not what they should be.
+        """
+        try:
+            figures = figures_of(record["history"])
+        except (KeyError, TypeError, ValueError):
+            figures = ()
+        if not figures:
+            raise GroodError(f"{self.path / RECORD} was altered: a complete run has figures of its epochs")
+        return figures
+
     def _draw(self, title: str, figures: Sequence[EpochFigures]) -> None:
         try:
             from torch_grood.training.curve import draw_curve
@@ -156,6 +204,8 @@ class RunFolder:
         except MissingDependencyError:
             # The table has all of it.
             return
+        except Exception as error:
+            log.warning(f"the learning curve could not be drawn: {type(error).__name__}: {error}")
 
 
 def _differences(key: str, old: Any, new: Any) -> list[str]:
@@ -167,4 +217,4 @@ def _differences(key: str, old: Any, new: Any) -> list[str]:
 
 def _write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        temporary.write_text(text, encoding="utf-8")

@@ -72,11 +72,12 @@ def find_images(recipe: Recipe, data: str | Path) -> TrainingImages:
         notes.append(
             f"no {folder / 'val'}: {len(val):,} of {len(whole):,} images are held out for validation, by the seed"
         )
+    _check_names(train, val)
     n_classes = _count_classes(train, val)
     ignored = train.ignored + val.ignored
     if ignored:
         notes.append(f"files that are left out, as their names do not end as an image's: {ignored:,}")
-    return TrainingImages(train, val, n_classes, _digest(train, val), tuple(notes))
+    return TrainingImages(train, val, n_classes, _digest(folder, train, val), tuple(notes))
 
 
 def _split(folder: Path, names: Sequence[str]) -> Path | None:
@@ -166,10 +167,30 @@ def _count_classes(train: ImageSource, val: ImageSource) -> int:
     return n_classes
 
 
-def _digest(*sources: ImageSource) -> str:
+def _check_names(*sources: ImageSource) -> None:
+    """Before hours of training, after which a detector is fitted on the lists of these files."""
+    for source in sources:
+        for path in source.paths:
+            if "\n" in path or "\r" in path or (not path.isascii() and _is_no_text(path)):
+                raise GroodError(
+                    f"{path!r}: no image list can hold this name (a line break, or bytes that are no UTF-8); rename it"
+                )
+
+
+def _is_no_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _digest(folder: Path, *sources: ImageSource) -> str:
+    """By names within the folder, which may be moved."""
     digest = hashlib.sha256()
+    above = f"{folder}{os.sep}"
     for source in sources:
         for path, label in zip(source.paths, source.labels or (), strict=True):
-            digest.update(f"{path}\0{label}\n".encode(errors="surrogateescape"))
+            digest.update(f"{path.removeprefix(above)}\0{label}\n".encode())
         digest.update(b"\0")
     return digest.hexdigest()

@@ -67,8 +67,11 @@ class Learner:
         self._transform, self._recipe, self._computation = transform, recipe, computation
         self._accelerator = accelerator
         optimizer = _optimizer(recipe, self.model)
-        network = torch.compile(self.model) if computation.compile else self.model
+        # Two sizes of batch, the last of an epoch being short: better compiled twice than for any size.
+        network = torch.compile(self.model, dynamic=False) if computation.compile else self.model
         self._network, self._optimizer = accelerator.prepare(network, optimizer)
+        # The same network, which exchanges nothing with other processes when it runs.
+        self._alone = accelerator.unwrap_model(self._network, keep_torch_compile=True)
         self._sums = self._zeros()
 
     def step(self, step: Step, rate: float, pixels: Tensor, labels: Tensor) -> None:
@@ -93,7 +96,7 @@ class Learner:
             # Processes exchange gradients once, with the last part.
             waits = accelerator.no_sync(self._network) if number < len(parts) else contextlib.nullcontext()
             with waits:
-                logits = self._logits(some)
+                logits = self._logits(self._network, some)
                 smoothing = self._recipe.label_smoothing
                 loss = functional.cross_entropy(logits, classes, reduction="sum", label_smoothing=smoothing)
                 # Processes' gradients are averaged, so that their number cancels.
@@ -102,22 +105,26 @@ class Learner:
         self._optimizer.step()
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Means:
-        """Mean loss and accuracy, in eval mode, over (pixels, labels) of all processes together."""
+        """Mean loss and accuracy, in eval mode, over (pixels, labels) of all processes together.
+
+        Processes may have different numbers of batches: they exchange the buffers before, and the sums after them.
+        """
         sums = self._zeros()
+        self._share_buffers()
         self._network.eval()
         try:
             with torch.no_grad():
                 for pixels, labels in batches:
                     for some, classes in self._parts(self._inputs(pixels), labels.to(self._accelerator.device)):
-                        logits = self._logits(some)
+                        logits = self._logits(self._alone, some)
                         self._count(sums, logits, classes, functional.cross_entropy(logits, classes, reduction="sum"))
         finally:
             self._network.train()
         return self._means(sums)
 
     def loss_is_finite(self) -> bool:
-        """Whether all losses of this process since `take_means` were; an accelerator finishes its work first."""
-        return math.isfinite(float(self._sums["loss"]))
+        """Whether all losses of all processes since `take_means` were; an accelerator finishes its work first."""
+        return math.isfinite(self._accelerator.reduce(self._sums["loss"].clone()).item())
 
     def take_means(self) -> Means:
         """Mean loss and accuracy over the steps since the last call, of all processes together."""
@@ -158,6 +165,7 @@ class Learner:
             self.model.load_state_dict(model)
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
+            self._arrange_optimizer_state()
             if scaler is not None and self._accelerator.scaler is not None:
                 self._accelerator.scaler.load_state_dict(scaler)
             # All processes' sums are in one; the others begin at 0.
@@ -167,9 +175,22 @@ class Learner:
             reason = str(error).strip().partition("\n")[0]
             raise GroodError(f"the checkpoint is not one of this network: {reason}; train in a new folder") from None
 
-    def _logits(self, inputs: Tensor) -> Tensor:
+    def _arrange_optimizer_state(self) -> None:
+        """In the parameters' memory layout, without which fused steps are slow: files are contiguous."""
+        for parameter, state in self._optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+    def _share_buffers(self) -> None:
+        """Those of the first process, which checkpoints hold: batch normalisation's differ since the last step."""
+        if self._accelerator.num_processes > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def _logits(self, network: Any, inputs: Tensor) -> Tensor:
         """Of what a network returns in training: `.logits`, a tuple's first (others are auxiliary), or all."""
-        output = self._network(inputs)
+        output = network(inputs)
         output = getattr(output, "logits", output)
         logits = output[0] if isinstance(output, tuple) else output
         if not isinstance(logits, Tensor) or logits.shape != (len(inputs), self._n_classes):

@@ -115,19 +115,18 @@ class ImagesInMemory:
     """Images that were decoded once.
 
     Args:
-        pixels: as in evaluation, (n, H, W, 3) uint8.
+        padded: as in evaluation, with the augmentation's margin of black around, so that a window is one gather;
+            (n, H + 2 margin, W + 2 margin, 3) uint8.
         labels: int64 (n,).
         augmentation: one that acts on pixels.
         pin: see `ImageFiles`.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, augmentation: Augmentation, pin: bool = False) -> None:
+    def __init__(self, padded: Tensor, labels: Tensor, augmentation: Augmentation, pin: bool = False) -> None:
         self._pin = pin
         self.labels = labels
         self.augmentation = augmentation
-        margin = augmentation.margin
-        # With its margin of black, a window is one gather.
-        self._padded = torch.nn.functional.pad(pixels, (0, 0, margin, margin, margin, margin)) if margin else pixels
+        self._padded = padded
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -167,16 +166,18 @@ def open_images(
         BadImageError: for a file that cannot be read.
     """
     files = ImageFiles(source, augmentation, default_workers(len(source)) if workers is None else workers, pin)
-    height, width = (side + 2 * augmentation.margin for side in augmentation.size)
+    margin = augmentation.margin
+    height, width = (side + 2 * margin for side in augmentation.size)
     if not augmentation.acts_on_pixels or len(source) * height * width * _CHANNELS > memory:
         return files
     plain = ImageFiles(source, Augmentation(augmentation.transform), files.workers)
-    pixels = torch.empty(len(source), *augmentation.size, _CHANNELS, dtype=torch.uint8)
+    padded = torch.zeros(len(source), height, width, _CHANNELS, dtype=torch.uint8)
+    inner = padded[:, margin : height - margin, margin : width - margin]
     starts = range(0, len(source), _DECODED_AT_A_TIME)
     wanted = [Wanted(0, range(start, min(start + _DECODED_AT_A_TIME, len(source)))) for start in starts]
     for start, batch in zip(track(starts, progress, "decoding"), plain.batches(wanted), strict=True):
-        pixels[start : start + len(batch)] = batch.permute(0, 2, 3, 1)
-    return ImagesInMemory(pixels, files.labels, augmentation, pin)
+        inner[start : start + len(batch)] = batch.permute(0, 2, 3, 1)
+    return ImagesInMemory(padded, files.labels, augmentation, pin)
 
 
 class _Itself(Dataset[Any]):
@@ -198,7 +199,8 @@ class _AsBatches:
 
 
 def _leave_interrupts(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; what becomes of it is for the main one to decide."""
+    """Ctrl-C reaches every process of a terminal, SIGTERM those of a job; what becomes of it the main one decides."""
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -6,11 +6,14 @@ checkpoint ends, on the same machine, with the same bits as one that is not.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import math
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,14 @@ import torch
 from torch import Tensor
 
 from torch_grood._progress import Progress, track
+from torch_grood.data.dataset import default_workers
 from torch_grood.data.transforms import PRESETS, ImageTransform
 from torch_grood.errors import GroodError
 from torch_grood.models import new_model
 from torch_grood.training.augmentation import Augmentation
 from torch_grood.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint, write_weights
 from torch_grood.training.computation import Computation
-from torch_grood.training.folder import EpochFigures, RunFolder
+from torch_grood.training.folder import EpochFigures, RunFolder, figures_of
 from torch_grood.training.images import TrainingImages, find_images
 from torch_grood.training.interrupts import interrupts
 from torch_grood.training.learner import Learner
@@ -42,8 +46,8 @@ log = logging.getLogger(__name__)
 _STEPS_BETWEEN_CHECKS = 20
 # What of a recipe has no say in the result.
 _FOR_PEOPLE = ("title", "reference")
-# Weights and momentum, and once more while a file takes the place of another.
-_COPIES_ON_DISK = 5
+# Weights twice and the optimiser's state, and once more while a file takes the place of another.
+_COPIES_ON_DISK = 8
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,13 @@ def train(
     identity = {
         "recipe": {name: value for name, value in recipe.to_dict().items() if name not in _FOR_PEOPLE},
         "images": {"digest": images.digest, "train": len(images.train), "val": len(images.val)},
-        "start": None if weights is None else Path(weights).name,
+        "start": None if weights is None else _digest(Path(weights)),
     }
     earlier = folder.earlier(identity)
     if earlier is not None and earlier.get("status") == "complete":
-        figures = tuple(EpochFigures(**one) for one in earlier["history"])
+        figures = folder.figures(earlier)
         return TrainingRun(folder, recipe, figures, True, figures[-1].steps, figures[-1].steps)
-    with computation.accelerator() as accelerator, torch.random.fork_rng(range(torch.cuda.device_count())):
+    with computation.accelerator() as accelerator, torch.random.fork_rng(_gpus(computation)):
         torch.manual_seed(recipe.seed)
         start = new_model(recipe.model, images.n_classes, pretrained=recipe.pretrained, weights=weights)
         transform = _transform(recipe, start.transform)
@@ -127,15 +131,17 @@ def train(
             learner=Learner(start.model, images.n_classes, transform, recipe, computation, accelerator),
             computation=computation,
             accelerator=accelerator,
+            identity=identity,
             record=record,
             progress=progress if accelerator.is_main_process else False,
         )
         for note in (*images.notes, *start.notes):
             loop.say(note)
-        loop.begin(earlier)
-        with interrupts() as interrupted:
-            complete = loop.run(interrupted)
-        loop.end(complete)
+        with folder.alone() if accelerator.is_main_process else nullcontext(), _enough_memory():
+            loop.begin(earlier)
+            with interrupts() as interrupted:
+                complete = loop.run(interrupted)
+            loop.end(complete)
         return TrainingRun(folder, recipe, tuple(loop.figures), complete, loop.step, loop.plan.n_steps)
 
 
@@ -155,6 +161,7 @@ class _Loop:
     learner: Learner
     computation: Computation
     accelerator: Any
+    identity: dict[str, Any]
     record: dict[str, Any]
     progress: Progress
 
@@ -185,6 +192,8 @@ class _Loop:
             self._resume(read_checkpoint(self.folder.checkpoint))
             if earlier.get("computation") != self.record["computation"]:
                 self.say("this run began elsewhere or with other settings: last bits may differ", logging.WARNING)
+            if self.accelerator.is_main_process:
+                self.folder.write_lists(self.images.train, self.images.val)
         elif self.accelerator.is_main_process:
             self.folder.begin(self._record("running"), self.images.train, self.images.val)
             self._check_space()
@@ -236,7 +245,8 @@ class _Loop:
             source,
             augmentation,
             memory=how.memory,
-            workers=how.workers,
+            # Files are read in every epoch.
+            workers=default_workers(len(source) * self.recipe.epochs) if how.workers is None else how.workers,
             pin=self.accelerator.device.type == "cuda",
             progress=self.progress,
         )
@@ -245,6 +255,8 @@ class _Loop:
         means = self.learner.take_means()
         trained = self.watch.seconds()
         val = self.learner.evaluate(self._validation_batches())
+        if not math.isfinite(val.loss):
+            raise self._diverged("the loss of the validation images is not finite")
         figures = EpochFigures(
             epoch=step.epoch + 1,
             steps=self.step,
@@ -276,12 +288,16 @@ class _Loop:
 
     def _check_losses(self) -> None:
         if not self.learner.loss_is_finite():
-            epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
-            raise GroodError(
-                f"the loss is no longer finite, at step {self.step:,} or up to {_STEPS_BETWEEN_CHECKS} before it "
-                f"(epoch {epoch}); the last checkpoint is from before. Train in a new folder with a lower lr "
-                f"(--set lr={self.recipe.lr / 10:g}) or with warmup_epochs, or with bf16 in place of fp16"
+            raise self._diverged(
+                f"the loss is no longer finite, at step {self.step:,} or up to {_STEPS_BETWEEN_CHECKS} before it"
             )
+
+    def _diverged(self, what: str) -> GroodError:
+        epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
+        return GroodError(
+            f"{what} (epoch {epoch}); the last checkpoint is from before. Train in a new folder with a lower lr "
+            f"(--set lr={self.recipe.lr / 10:g}) or with warmup_epochs, or with bf16 in place of fp16"
+        )
 
     def _any_process(self, wish: Callable[[], bool], is_check: bool) -> bool:
         """Whether any process wishes it; several ask each other at checks only."""
@@ -302,6 +318,8 @@ class _Loop:
                 "seconds": self.watch.seconds(),
                 "scaler": self.learner.scaler_state(),
                 "resumed": self.resumed,
+                "identity": self.identity,
+                "steps_per_epoch": self.plan.steps_per_epoch,
             }
             write_checkpoint(
                 self.folder.checkpoint,
@@ -323,11 +341,21 @@ class _Loop:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         record = checkpoint.record
+        if record.get("identity") != self.identity:
+            raise GroodError(f"{self.folder.checkpoint} is that of another run; train in a new folder")
+        if record.get("steps_per_epoch") != self.plan.steps_per_epoch:
+            raise GroodError(
+                f"with {self.plan.processes} processes an epoch has {self.plan.steps_per_epoch} steps, as each needs "
+                f"two images a step, and with those that it began with {record.get('steps_per_epoch')}; go on with as "
+                "many as then"
+            )
         try:
-            self.figures = [EpochFigures(**one) for one in record["figures"]]
+            self.figures = list(figures_of(record["figures"]))
             self.watch = _Stopwatch(float(record["seconds"]))
             self.resumed = [*record["resumed"], checkpoint.step]
             scaler = record["scaler"]
+            if not 0 < checkpoint.step <= self.plan.n_steps:
+                raise ValueError(f"step {checkpoint.step}")
         except (KeyError, TypeError, ValueError) as error:
             raise GroodError(f"{self.folder.checkpoint} is damaged ({error}); train in a new folder") from None
         self.learner.restore(checkpoint.model, checkpoint.optimizer, scaler, checkpoint.sums)
@@ -387,3 +415,28 @@ def _transform(recipe: Recipe, own: ImageTransform | None) -> ImageTransform:
             "--set transform=imagenet"
         )
     return own
+
+
+def _gpus(computation: Computation) -> range:
+    """Whose random state is to be kept; a GPU that is not meant to be used is left alone."""
+    return range(torch.cuda.device_count() if computation.device in ("auto", "cuda") else 0)
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise GroodError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        raise GroodError(
+            f"{reason} Run a batch in parts (--micro-batch 32), or take a smaller one (--set batch_size=32), which is "
+            "another training"
+        ) from None

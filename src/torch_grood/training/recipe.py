@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from torch_grood._files import read_at_most
 from torch_grood.errors import GroodError
+from torch_grood.models import is_builtin_spec
 
 __all__ = ["OWN_IMAGES", "Recipe", "read_recipe", "recipe_names"]
 
@@ -134,8 +135,10 @@ class Recipe:
         _check_names([name], known, "a recipe")
         if _TYPES[known[name]] is str:
             return name, None if value == "none" and known[name].endswith("None") else value.strip("\"'")
+        # TOML wants a digit before the point.
+        written = f"0{value}" if value.startswith(".") else value
         try:
-            return name, tomllib.loads(f"value = {value}")["value"]
+            return name, tomllib.loads(f"value = {written}")["value"]
         except (ValueError, RecursionError):
             raise _wrong(name, value, _TYPES[known[name]]) from None
 
@@ -181,13 +184,20 @@ def read_recipe(name_or_path: str | Path) -> Recipe:
     if name in recipe_names():
         return _parsed((_built_in() / f"{name}.toml").read_bytes(), name)
     if name.endswith(".toml"):
-        return _parsed(read_at_most(name, _LARGEST_FILE, "a recipe"), name)
+        recipe = _parsed(read_at_most(name, _LARGEST_FILE, "a recipe"), name)
+        if not is_builtin_spec(recipe.model):
+            raise GroodError(
+                f"{name}: the model {recipe.model!r:.100} is code that a file must not start by itself, only you; give "
+                f"it in place of the file, grood train {recipe.model!r:.100}, and the other values with --set"
+            )
+        return recipe
     own = read_recipe(OWN_IMAGES)
     if ":" in name:
         return replace(own, model=name)
     near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.7)
+    near = near or [known for known in recipe_names() if known.startswith(f"{name}-")]
     if near or not name.partition(".")[0].isidentifier():
-        hint = f"; did you mean {near[0]}?" if near else "."
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise GroodError(
             f"unknown recipe {name!r:.100}{hint} Recipes: {', '.join(recipe_names())}; or a .toml file, or a network "
             "such as resnet18, torchvision:vit_b_16, timm:NAME or file.py:factory"
