@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch_grood.training.computation import Computation
-from torch_grood.training.loop import TrainingRun, train
 from torch_grood.training.recipe import Recipe, read_recipe, recipe_names
+from torch_grood.training.run import TrainingRun, train
 
 __all__ = ["Computation", "Recipe", "TrainingRun", "read_recipe", "recipe_names", "train"]

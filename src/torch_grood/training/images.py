@@ -22,7 +22,7 @@ __all__ = ["TrainingImages", "find_images"]
 _TRAIN = ("train", "training")
 _VALIDATION = ("val", "valid", "validation")
 _HELD_OUT = 0.1
-_LEAST_CLASSES = 2
+_LEAST_CLASSES = _LEAST_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _parted(whole: ImageSource, seed: int) -> tuple[ImageSource, ImageSource]:
     held_out = np.zeros(len(whole), dtype=bool)
     for label in np.unique(labels):
         (own,) = np.nonzero(labels == label)
-        if len(own) < _LEAST_CLASSES:
+        if len(own) < _LEAST_IMAGES:
             name = whole.classes[label] if whole.classes else label
             raise GroodError(
                 f"{whole.origin}: the class {name} has one image, and training and validation need one each; add images"

@@ -1,4 +1,4 @@
-"""The training loop, on Hugging Face accelerate: one process or several, any device, mixed precision.
+"""The training loop: steps, epochs, checkpoints, and the wish to stop.
 
 Every random number is a function of the seed and the number of the step. So a run that is killed and goes on from its
 checkpoint ends, on the same machine, with the same bits as one that is not.
@@ -6,16 +6,13 @@ checkpoint ends, on the same machine, with the same bits as one that is not.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,132 +21,40 @@ from torch import Tensor
 
 from torch_grood._progress import Progress, track
 from torch_grood.data.dataset import default_workers
-from torch_grood.data.transforms import PRESETS, ImageTransform
+from torch_grood.data.sources import ImageSource
+from torch_grood.data.transforms import ImageTransform
 from torch_grood.errors import GroodError
-from torch_grood.models import new_model
 from torch_grood.training.augmentation import Augmentation
 from torch_grood.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint, write_weights
 from torch_grood.training.computation import Computation
 from torch_grood.training.folder import EpochFigures, RunFolder, figures_of
-from torch_grood.training.images import TrainingImages, find_images
-from torch_grood.training.interrupts import interrupts
+from torch_grood.training.images import TrainingImages
 from torch_grood.training.learner import Learner
 from torch_grood.training.loading import Images, Wanted, open_images
 from torch_grood.training.plan import Plan, Step, learning_rate
 from torch_grood.training.recipe import Recipe
+from torch_grood.training.timing import Counted, Stopwatch
 
-__all__ = ["TrainingRun", "train"]
+__all__ = ["Loop"]
 
 log = logging.getLogger(__name__)
 
 # How often losses are looked at and processes agree on going on: an accelerator waits for either.
 _STEPS_BETWEEN_CHECKS = 20
-# What of a recipe has no say in the result.
-_FOR_PEOPLE = ("title", "reference")
 # Weights twice and the optimiser's state, and once more while a file takes the place of another.
 _COPIES_ON_DISK = 8
 
 
-@dataclass(frozen=True)
-class TrainingRun:
-    """What came of a training.
-
-    Attributes:
-        folder: with its files, see `torch_grood.training.folder`.
-        recipe: what was trained.
-        figures: of each epoch.
-        complete: False if it was interrupted; the same call goes on.
-        steps: done.
-        n_steps: of a complete run.
-    """
-
-    folder: RunFolder
-    recipe: Recipe
-    figures: tuple[EpochFigures, ...]
-    complete: bool
-    steps: int
-    n_steps: int
-
-
-def train(
-    recipe: Recipe,
-    data: str | Path,
-    output: str | Path,
-    *,
-    weights: str | Path | None = None,
-    computation: Computation | None = None,
-    progress: Progress = None,
-) -> TrainingRun:
-    """Train a classifier, or go on with a training that was interrupted.
-
-    Ctrl-C ends it after the step at hand, with a checkpoint and usable weights; a second one ends it at once.
-
-    Args:
-        recipe: what to train.
-        data: folder of the images, see `find_images`.
-        output: folder of the run; made if it is not there.
-        weights: a file to start from; a head of another number of classes starts anew.
-        computation: how.
-        progress: of the decoding of images, and of the steps.
-
-    Returns:
-        the run; a complete one of the same recipe and data is returned as it is.
-
-    Raises:
-        GroodError: if images, weights or the folder are not in order, a loss is not finite, or a file cannot be
-            written; what was kept before is still there.
-    """
-    computation = computation or Computation()
-    folder = RunFolder(output)
-    images = find_images(recipe, data)
-    identity = {
-        "recipe": {name: value for name, value in recipe.to_dict().items() if name not in _FOR_PEOPLE},
-        "images": {"digest": images.digest, "train": len(images.train), "val": len(images.val)},
-        "start": None if weights is None else _digest(Path(weights)),
-    }
-    earlier = folder.earlier(identity)
-    if earlier is not None and earlier.get("status") == "complete":
-        figures = folder.figures(earlier)
-        return TrainingRun(folder, recipe, figures, True, figures[-1].steps, figures[-1].steps)
-    with computation.accelerator() as accelerator, torch.random.fork_rng(_gpus(computation)):
-        torch.manual_seed(recipe.seed)
-        start = new_model(recipe.model, images.n_classes, pretrained=recipe.pretrained, weights=weights)
-        transform = _transform(recipe, start.transform)
-        record = {
-            "title": recipe.title or recipe.name,
-            **identity,
-            "model": {"spec": start.spec, "num_classes": images.n_classes},
-            "classes": None if images.train.classes is None else list(images.train.classes),
-            "transform": transform.to_dict(),
-            "computation": computation.described(accelerator),
-        }
-        loop = _Loop(
-            recipe=recipe,
-            folder=folder,
-            images=images,
-            transform=transform,
-            learner=Learner(start.model, images.n_classes, transform, recipe, computation, accelerator),
-            computation=computation,
-            accelerator=accelerator,
-            identity=identity,
-            record=record,
-            progress=progress if accelerator.is_main_process else False,
-        )
-        for note in (*images.notes, *start.notes):
-            loop.say(note)
-        with folder.alone() if accelerator.is_main_process else nullcontext(), _enough_memory():
-            loop.begin(earlier)
-            with interrupts() as interrupted:
-                complete = loop.run(interrupted)
-            loop.end(complete)
-        return TrainingRun(folder, recipe, tuple(loop.figures), complete, loop.step, loop.plan.n_steps)
-
-
 @dataclass
-class _Loop:
-    """One call of `train`, between steps.
+class Loop:
+    """One call of `train`: `begin`, `run`, `end`.
 
     Attributes:
+        recipe, folder, images, transform, learner, computation, accelerator: what it works with.
+        identity: what an earlier call must have had the same, by key.
+        record: what the folder's record says beside status and figures.
+        progress: of the decoding of images, and of the steps.
+        plan: the steps.
         step: steps done.
         figures: of the epochs done.
     """
@@ -177,7 +82,7 @@ class _Loop:
         )
         self.step = 0
         self.figures: list[EpochFigures] = []
-        self.watch = _Stopwatch()
+        self.watch = Stopwatch()
         self.resumed: list[int] = []
 
     def say(self, message: str, level: int = logging.INFO) -> None:
@@ -211,7 +116,7 @@ class _Loop:
         batches = self.training.batches(wanted)
         saved = time.monotonic()
         self.watch.start()
-        for step in track(_Counted(self.plan.steps(self.step), left), self.progress, "training"):
+        for step in track(Counted(self.plan.steps(self.step), left), self.progress, "training"):
             rate = learning_rate(self.recipe, step.number, self.plan.steps_per_epoch)
             self.learner.step(step, rate, next(batches), self.training.labels[list(step.positions)])
             self.step = step.number + 1
@@ -239,7 +144,7 @@ class _Loop:
         if self.accelerator.is_main_process:
             self.folder.checkpoint.unlink(missing_ok=True)
 
-    def _open(self, source: Any, augmentation: Augmentation) -> Images:
+    def _open(self, source: ImageSource, augmentation: Augmentation) -> Images:
         how = self.computation
         return open_images(
             source,
@@ -269,7 +174,7 @@ class _Loop:
             images_per_second=round(means.n_images / trained, 1),
         )
         self.figures.append(figures)
-        self.watch = _Stopwatch()
+        self.watch = Stopwatch()
         self.say(
             f"epoch {figures.epoch}/{self.recipe.epochs}: loss {means.loss:.4f}, accuracy {means.accuracy:.2%}, "
             f"validation {val.accuracy:.2%}, {figures.images_per_second:,.0f} images/s, {figures.seconds:,.0f} s"
@@ -351,7 +256,7 @@ class _Loop:
             )
         try:
             self.figures = list(figures_of(record["figures"]))
-            self.watch = _Stopwatch(float(record["seconds"]))
+            self.watch = Stopwatch(float(record["seconds"]))
             self.resumed = [*record["resumed"], checkpoint.step]
             scaler = record["scaler"]
             if not 0 < checkpoint.step <= self.plan.n_steps:
@@ -371,72 +276,3 @@ class _Loop:
                 f"{self.folder.path} has {free / 2**20:,.0f} MiB of free disk, and checkpoints of {self.recipe.model} "
                 f"need {_COPIES_ON_DISK * size / 2**20:,.0f}; free some, or choose another folder"
             )
-
-
-class _Stopwatch:
-    """Seconds of work, pauses left out."""
-
-    def __init__(self, seconds: float = 0.0) -> None:
-        self._before = seconds
-        self._since: float | None = None
-
-    def start(self) -> None:
-        if self._since is None:
-            self._since = time.monotonic()
-
-    def pause(self) -> None:
-        self._before, self._since = self.seconds(), None
-
-    def seconds(self) -> float:
-        return self._before + (0.0 if self._since is None else time.monotonic() - self._since)
-
-
-class _Counted(Iterable[Step]):
-    """Steps whose number is known, for a bar that tells the time left."""
-
-    def __init__(self, steps: Iterator[Step], length: int) -> None:
-        self._steps, self._length = steps, length
-
-    def __iter__(self) -> Iterator[Step]:
-        return self._steps
-
-    def __len__(self) -> int:
-        return self._length
-
-
-def _transform(recipe: Recipe, own: ImageTransform | None) -> ImageTransform:
-    if recipe.transform is not None:
-        if recipe.transform not in PRESETS:
-            raise GroodError(f"transform must be one of {', '.join(PRESETS)}, not {recipe.transform!r:.100}")
-        return PRESETS[recipe.transform]
-    if own is None:
-        raise GroodError(
-            f"{recipe.model} does not say how its images are prepared; name a preset ({', '.join(PRESETS)}): "
-            "--set transform=imagenet"
-        )
-    return own
-
-
-def _gpus(computation: Computation) -> range:
-    """Whose random state is to be kept; a GPU that is not meant to be used is left alone."""
-    return range(torch.cuda.device_count() if computation.device in ("auto", "cuda") else 0)
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise GroodError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-@contextmanager
-def _enough_memory() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition("\n")[0]
-        raise GroodError(
-            f"{reason} Run a batch in parts (--micro-batch 32), or take a smaller one (--set batch_size=32), which is "
-            "another training"
-        ) from None

@@ -1,7 +1,7 @@
 """What a training is: network, data, augmentation, optimiser and schedule as plain values.
 
 A recipe is a flat TOML file; those of the literature are built in (`recipe_names`). It holds all that the result is
-defined by. How it is computed (device, precision, processes) is not part of it: see `loop.train`.
+defined by. How it is computed (device, precision, processes) is not part of it: see `Computation`.
 """
 
 from __future__ import annotations
