@@ -217,4 +217,4 @@ def _differences(key: str, old: Any, new: Any) -> list[str]:
 
 def _write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
