@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import tempfile
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from torch_grood.errors import GroodError
 
-__all__ = ["alone", "read_at_most", "replacing", "target_of"]
+__all__ = ["alone", "read_at_most", "replacing", "sha256_of", "target_of"]
 
 _DAY = 86_400
 
@@ -89,6 +90,16 @@ def read_at_most(path: str | os.PathLike[str], size: int, expected: str) -> byte
     if len(content) > size:
         raise GroodError(f"{path} is larger than {size >> 20} MiB; expected {expected}")
     return content
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove_litter(path: Path) -> None:

@@ -11,7 +11,6 @@ that ``tin.zip`` may hold ``tin/…`` or its contents.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import lzma
 import os
@@ -24,7 +23,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from torch_grood._files import alone
+from torch_grood._files import alone, sha256_of
 from torch_grood._optional import require
 from torch_grood._progress import Progress, track
 from torch_grood.errors import GroodError
@@ -146,7 +145,7 @@ def _download(archive: Archive, downloads: Path, quiet: bool) -> Path:
             f"{downloads.parent / archive.folder}"
         ) from None
     if archive.sha256 is not None:
-        found = _sha256(file)
+        found = sha256_of(file)
         if found != archive.sha256:
             file.unlink()
             raise GroodError(
@@ -154,11 +153,6 @@ def _download(archive: Archive, downloads: Path, quiet: bool) -> Path:
                 "deleted. Try again; if it stays so, the file has changed at its source"
             )
     return file
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_space(folder: Path, needed: int, archive: Archive) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from torch_grood._files import sha256_of
 from torch_grood._progress import Progress
 from torch_grood.data.transforms import PRESETS, ImageTransform
 from torch_grood.errors import GroodError
@@ -143,8 +143,7 @@ def _gpus(computation: Computation) -> range:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise GroodError(f"{path} cannot be read: {error.strerror or error}") from None
 
