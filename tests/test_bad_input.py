@@ -314,7 +314,7 @@ def test_wrong_size_at_fit() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 3))
     inputs, labels = patterns(12, shape=(3, 9, 9))
     with left_alone(model), pytest.raises(GroodError, match=r"cannot run on a batch of shape.*Check the size"):
-        GROOD(model).fit(batches(inputs, labels, 6))
+        GROOD.paper(model).fit(batches(inputs, labels, 6))
 
 
 def test_wrong_number_of_columns() -> None:
@@ -383,7 +383,7 @@ def test_logits_with_one_column() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
     inputs, _ = patterns(12, shape=(6,))
     with left_alone(model), pytest.raises(GroodError, match=r"C ≥ 2 classes.*got shape \(4, 1\); wrap the model so"):
-        GROOD(model).fit(batches(inputs, torch.zeros(12, dtype=torch.int64), 6))
+        GROOD.paper(model).fit(batches(inputs, torch.zeros(12, dtype=torch.int64), 6))
 
 
 def test_one_class_data_with_mixup() -> None:
@@ -391,7 +391,7 @@ def test_one_class_data_with_mixup() -> None:
     one = labels == 1
     loader = batches(inputs[one], labels[one], 5)
     with pytest.raises(GroodError, match=r"there is one class only; use PrototypeMean\(\)"):
-        GROOD(taught_cnn()).fit(loader, classes=[1])
+        GROOD.paper(taught_cnn()).fit(loader, classes=[1])
     with pytest.raises(GroodError, match="no training sample has label 0"):
         fit_on(loader)
 

@@ -65,8 +65,8 @@ def test_results_json(result: DemoResult) -> None:
     assert set(read["flagged"]) == {"test", "near", "photos", "noise"}
     assert set(read["seconds"]) == {"load", "train", "fit", "calibrate", "score", "baselines", "write"}
     assert {"torch-grood", "torch", "python", "pytorch-ood"} <= set(read["versions"])
-    assert read["settings"]["early_layer"] == "block1"
-    assert "Mixup" in read["settings"]["outliers"]
+    assert read["settings"]["early_layer"] is None
+    assert "HighEnergy" in read["settings"]["outliers"]
 
 
 def test_figures_are_plausible(result: DemoResult) -> None:

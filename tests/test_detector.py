@@ -534,7 +534,7 @@ class Named(Dataset[tuple[Tensor, int]]):
 def test_classes_may_be_chosen_by_name_or_position(chosen: list[int | str]) -> None:
     model = taught_cnn()
     inputs, labels = patterns(60)
-    detector = GROOD(model).fit(DataLoader(Named(inputs, labels), batch_size=16), classes=chosen)
+    detector = GROOD.paper(model).fit(DataLoader(Named(inputs, labels), batch_size=16), classes=chosen)
     assert detector.classes_ == ("ant", "bee", "cow")
     assert detector.fit_info_.n_classes == 2
     assert detector.fit_info_.n_left_out == 20
@@ -998,6 +998,9 @@ def test_memory_statement_without_a_length(caplog: pytest.LogCaptureFixture) -> 
 def test_repr() -> None:
     inputs, labels = patterns(30)
     detector = GROOD(taught_cnn(), seed=3)
-    assert repr(detector) == "GROOD(Sequential, outliers=Mixup(n=None, lam=0.9), index='exact', seed=3; not fitted)"
+    assert (
+        repr(detector)
+        == "GROOD(Sequential, outliers=HighEnergy(n=None, shrink=0.5), index='exact', seed=3; not fitted)"
+    )
     detector.fit(batches(inputs, labels, 10)).calibrate(patterns(30, seed=1)[0], fpr=0.1)
     assert repr(detector).endswith("fitted on 30 samples of 3 classes, calibrated at fpr=0.1)")

@@ -487,7 +487,7 @@ def test_a_linear_classifier_has_no_early_layer_and_the_error_says_what_to_do() 
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     assert resolved(model, patterns(2)[0]).early_layer == "0", "the input itself, where something passes it on"
     with pytest.raises(GroodError, match=r"no early layer of Linear to mix at.*PrototypeMean\(\)"):
-        GROOD(nn.Linear(6, 3)).fit(batches(*patterns(12, shape=(6,)), 4))
+        GROOD.paper(nn.Linear(6, 3)).fit(batches(*patterns(12, shape=(6,)), 4))
     inputs, _ = patterns(12)
     labels = torch.arange(12) % 3
     model[1].weight.data.zero_()

@@ -305,7 +305,7 @@ def test_images_are_added_as_their_features_are() -> None:
 def test_classes_that_were_left_out_stay_out() -> None:
     model = taught_mlp()
     loader = Named(batches(*patterns(60, shape=(6,)), size=16), ["a", "b", "c"])
-    detector = GROOD(model).fit(loader, classes=["a", "c"], progress=False)
+    detector = GROOD.paper(model).fit(loader, classes=["a", "c"], progress=False)
     inputs, labels = patterns(30, shape=(6,), seed=5)
     n_before, n_read = detector.fit_info_.n_indexed, detector.fit_info_.n_read
     detector.add(batches(inputs, labels, 16), progress=False)
@@ -319,7 +319,7 @@ def test_classes_of_the_added_data_are_found_by_name() -> None:
     model = taught_mlp()
     loader = Named(batches(*patterns(60, shape=(6,)), size=16), ["a", "b", "c"])
     inputs, labels = patterns(30, shape=(6,), seed=5)
-    plain, named = (GROOD(model).fit(loader, progress=False) for _ in range(2))
+    plain, named = (GROOD.paper(model).fit(loader, progress=False) for _ in range(2))
     plain.add(batches(inputs, labels, 16), progress=False)
     # The same images in a data set that numbers the classes otherwise, and lacks one.
     kept = labels != 1

@@ -103,7 +103,7 @@ def test_mixup_of_one_class() -> None:
     with pytest.raises(
         GroodError, match=r"second most likely class and there is one class only; use PrototypeMean\(\)"
     ):
-        GROOD(taught_cnn()).fit(batches(inputs, labels, 10), classes=[1])
+        GROOD.paper(taught_cnn()).fit(batches(inputs, labels, 10), classes=[1])
     detector = GROOD(taught_cnn(), outliers=UniformNoise(10)).fit(batches(inputs, labels, 10), classes=[1])
     assert detector.fit_info_.n_classes == 1
 
@@ -512,7 +512,7 @@ def test_config_of_outlier_samples_leaves_the_images_out() -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({}, "an outlier source has a name, known are Mixup"),
+        ({}, "an outlier source has a name, known are HighEnergy"),
         ({"name": 5}, "an outlier source has a name"),
         ({"name": "Mixup", "lambda": 0.5}, "bad arguments of outlier source Mixup"),
         ({"name": "Mixup", "lam": 7}, "between 0 and 1; got 7"),

@@ -37,6 +37,7 @@ from torch_grood import (
     FaissIndex,
     FormatError,
     GroodError,
+    HighEnergy,
     Mixup,
     ModelMismatchError,
     OutlierSamples,
@@ -50,6 +51,7 @@ from torch_grood.storage import FORMAT_VERSION
 GOLDEN = Path(__file__).parent / "golden" / "format-1.grood"
 GOLDEN_2 = GOLDEN.with_name("format-2.grood")
 GOLDEN_3 = GOLDEN.with_name("format-3.grood")
+GOLDEN_4 = GOLDEN.with_name("format-4.grood")
 Edit = Callable[[dict[str, Any]], object]
 EditTensors = Callable[[dict[str, Tensor]], object]
 
@@ -116,10 +118,10 @@ class GoldenPhotographs:
         ]
 
 
-def write_golden_3(path: Path) -> None:
-    """Write the detector that the golden file of format 3 holds."""
+def write_golden_4(path: Path) -> None:
+    """Write the detector that the golden file of format 4 holds: that of format 3, with other settings of the score."""
     features, labels, held_out, queries = golden_features()
-    detector = GROOD(GoldenModel(), outliers=PrototypeMean(), store="float16", seed=2**62 + 1)
+    detector = GROOD(GoldenModel(), outliers=HighEnergy(9), store="float16", seed=2**62 + 1, k=3)
     # Some are misclassified, and known by their content alone.
     given = torch.where(torch.arange(48) % 7 == 3, (labels + 1) % 3, labels)
     detector.fit(GoldenPhotographs(features, given), progress=False)
@@ -326,7 +328,7 @@ def test_safetensors_alone_reads_the_file(saved: Path, detector: GROOD) -> None:
         digest, _, text = file.metadata()[KEY].partition(" ")
     assert digest == hashlib.sha256(text.encode()).hexdigest()
     header = json.loads(text)
-    assert header["format_version"] == FORMAT_VERSION == 3
+    assert header["format_version"] == FORMAT_VERSION == 4
     assert header["classes"] == [0, 1, 2, 3]
     assert header["fpr"] == 0.1
     assert header["metadata"] == detector.metadata
@@ -476,7 +478,7 @@ def drop(*keys: str) -> Edit:
 
 
 BAD_HEADERS: list[tuple[Edit, str]] = [
-    (set_("format_version", 4), "has format 4, written by torch-grood .*reads up to 3. Install a newer torch-grood"),
+    (set_("format_version", 5), "has format 5, written by torch-grood .*reads up to 4. Install a newer torch-grood"),
     (set_("format_version", 10**9), "Install a newer"),
     (set_("format_version", 0), "does not tell the version of its format"),
     (set_("format_version", "1"), "does not tell the version"),
@@ -1102,9 +1104,68 @@ def test_the_golden_file_of_format_3_can_be_read_by_hand() -> None:
     assert [os.fsdecode(name) or None for name in names] == loaded.sample_names(range(54))
 
 
-def test_the_golden_detector_of_format_3_is_what_would_be_written_today(tmp_path: Path) -> None:
-    write_golden_3(tmp_path / "today")
-    (golden, tensors), (today, new) = read_by_hand(GOLDEN_3), read_by_hand(tmp_path / "today")
+def test_the_golden_file_of_format_4_can_be_read_by_hand() -> None:
+    """The part that format 3 has not: features of unit length, T, and the mean of k distances."""
+    header, tensors = read_by_hand(GOLDEN_4)
+    assert header["format_version"] == 4
+    assert header["settings"] == {"geometry": "unit", "temperature": None, "k": 3}
+    fit, loaded = header["fit"], GROOD.load(GOLDEN_4)
+    assert (fit["geometry"], fit["k"]) == ("unit", 3)
+    d = fit["n_features"]
+
+    def numbers(name: str, code: str) -> list[float]:
+        content = tensors[name][2]
+        return list(struct.unpack(f"<{len(content) // struct.calcsize(code)}{code}", content))
+
+    feature = [0.5, -0.25, 0.75, 0.1, 0.3, -0.6][:d]
+    unit = [h / math.hypot(*feature) for h in feature]
+    prototypes, ood = numbers("class_prototypes", "d"), numbers("ood_prototype", "d")
+    offset = [h - p for h, p in zip(unit, ood, strict=True)]
+    length, temperature = math.hypot(*offset), fit["temperature"]
+    distances = [math.dist(unit, prototypes[i : i + d]) for i in range(0, len(prototypes), d)]
+    own = math.exp(-length / temperature)
+    magnitude = own / (sum(math.exp(-x / temperature) for x in distances) + own)
+    gradient = [magnitude * x / length for x in offset]
+    codes, scales = numbers("direction", "e"), numbers("direction_scale", "f")
+    scores = []
+    for row, (scale, log_magnitude) in enumerate(zip(scales, numbers("log_magnitude", "d"), strict=True)):
+        stored = [math.exp(log_magnitude) * scale * code for code in codes[row * d : row * d + d]]
+        scores.append(math.dist(gradient, stored))
+    score = loaded.score_features(torch.tensor([feature], dtype=torch.float64))
+    assert float(score) == pytest.approx(sum(sorted(scores)[:3]) / 3, rel=1e-6)
+
+
+def test_settings_that_do_not_fit_are_an_alteration(tmp_path: Path) -> None:
+    header, tensors = parts(GOLDEN_4)
+    seal(tmp_path / "same", header, tensors)
+    GROOD.load(tmp_path / "same")
+    for change in (
+        {"settings": {"geometry": "raw", "temperature": None, "k": 3}},
+        {"settings": {"geometry": "cosine", "temperature": None, "k": 3}},
+        {"settings": {"geometry": "unit", "temperature": 0.0, "k": 3}},
+        {"settings": {"geometry": "unit", "temperature": 7.5, "k": 3}},
+        {"settings": {"geometry": "unit", "temperature": None, "k": 2}},
+        {"settings": {"geometry": "unit", "temperature": None, "k": "3"}},
+        {"settings": {"geometry": "unit", "temperature": None, "k": 3, "more": 1}},
+        {"settings": None},
+        {"fit": header["fit"] | {"k": 0}},
+        {"fit": header["fit"] | {"k": 10**6}, "settings": {"geometry": "unit", "temperature": None, "k": 10**6}},
+        {"fit": header["fit"] | {"temperature": 0.0}},
+        {"fit": header["fit"] | {"geometry": "raw"}},
+        {"format_version": 3},
+    ):
+        seal(tmp_path / "altered", header | change, tensors)
+        with pytest.raises(AlteredFileError, match="altered"):
+            GROOD.load(tmp_path / "altered")
+    del header["settings"]
+    seal(tmp_path / "altered", header, tensors)
+    with pytest.raises(AlteredFileError, match="altered"):
+        GROOD.load(tmp_path / "altered")
+
+
+def test_the_golden_detector_of_format_4_is_what_would_be_written_today(tmp_path: Path) -> None:
+    write_golden_4(tmp_path / "today")
+    (golden, tensors), (today, new) = read_by_hand(GOLDEN_4), read_by_hand(tmp_path / "today")
     for header in (golden, today):
         for name in ("library_version", "checksums"):
             del header[name]
@@ -1114,14 +1175,14 @@ def test_the_golden_detector_of_format_3_is_what_would_be_written_today(tmp_path
         assert new[name][:2] == (dtype, shape)
         if not dtype.startswith("F"):
             assert new[name][2] == content
-    golden_tensors, new_tensors = load_file(GOLDEN_3), load_file(tmp_path / "today")
+    golden_tensors, new_tensors = load_file(GOLDEN_4), load_file(tmp_path / "today")
     for name in tensors:
         if golden_tensors[name].is_floating_point():
             tolerance = 2e-3 if name == "direction" else 1e-6 if name == "direction_scale" else 1e-12
             torch.testing.assert_close(new_tensors[name], golden_tensors[name], rtol=tolerance, atol=1e-12)
 
 
-@pytest.mark.parametrize("path", [GOLDEN, GOLDEN_2, GOLDEN_3], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [GOLDEN, GOLDEN_2, GOLDEN_3, GOLDEN_4], ids=lambda path: path.name)
 def test_what_was_read_from_an_old_file_is_written_in_the_newest_format(path: Path, tmp_path: Path) -> None:
     old = GROOD.load(path)
     old.save(tmp_path / "new")
@@ -1151,19 +1212,5 @@ GOLDEN_3_RANKS = [27, 27, 27, 27, 27, 23, 15, 1]
 GOLDEN_3_PROTOTYPES = [0, 1, 2, 0, 1, 2, 0, 1]
 
 
-def print_golden_3() -> None:
-    """What the golden file's detector says, to be put above."""
-    loaded = GROOD.load(GOLDEN_3)
-    queries = golden_features()[3] + 0.5
-    found, info = loaded.predict_features(queries), loaded.fit_info_
-    print(info.n_samples, info.n_indexed, info.n_added, info.n_removed)
-    print([number.hex() for number in loaded.log_score_features(queries).tolist()])
-    sizes = torch.bincount(loaded.threshold_.groups, minlength=3)[found.prototype_label]  # type: ignore[union-attr, arg-type]
-    print(
-        found.neighbor.tolist(), (found.p_value * (sizes + 1)).round().long().tolist(), found.prototype_label.tolist()
-    )  # type: ignore[operator]
-
-
 if __name__ == "__main__":
-    write_golden_3(GOLDEN_3)
-    print_golden_3()
+    write_golden_4(GOLDEN_4)

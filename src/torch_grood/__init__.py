@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch_grood.features import Extraction, FeatureExtractor
     from torch_grood.gradients import log_ood_probability, ood_gradient
     from torch_grood.neighbors import ClassSample, ExactIndex, FaissIndex, KCenterCoreset, StoreOptions
-    from torch_grood.outliers import Mixup, OutlierSamples, PrototypeMean, UniformNoise
+    from torch_grood.outliers import HighEnergy, Mixup, OutlierSamples, PrototypeMean, UniformNoise
     from torch_grood.prototypes import ClassPrototypes
     from torch_grood.state import FitInfo
     from torch_grood.threshold import ConformalThreshold, benjamini_hochberg
@@ -49,6 +49,7 @@ __all__ = [
     "FitInfo",
     "FormatError",
     "GroodError",
+    "HighEnergy",
     "KCenterCoreset",
     "MissingDependencyError",
     "Mixup",
@@ -81,6 +82,7 @@ _MODULE_OF = {
     "FaissIndex": "neighbors",
     "KCenterCoreset": "neighbors",
     "StoreOptions": "neighbors",
+    "HighEnergy": "outliers",
     "Mixup": "outliers",
     "OutlierSamples": "outliers",
     "PrototypeMean": "outliers",

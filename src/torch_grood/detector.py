@@ -2,6 +2,9 @@
 
 Algorithm 1: class prototypes (eq. 7), an OOD prototype (eq. 8), and the gradients (eq. 5) of the correctly classified
 training samples. Algorithm 2: S(x) = min over those x' of ‖∇(x) - ∇(x')‖₂; ID if S(x) ≤ τ, else OOD.
+
+`GROOD.paper(model)` is that. `GROOD(model)` by itself takes the OOD prototype, the geometry and the mean over the k
+nearest gradients that docs/research/ood-prototype.md found better, on in-distribution data alone.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set, Sized
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -27,10 +30,20 @@ from torch_grood.errors import GroodError, ModelMismatchError, NotFittedError
 from torch_grood.explanation import Explanation, explain
 from torch_grood.feature_store import FeatureStore
 from torch_grood.features import Extraction, FeatureExtractor, ModelFingerprint, model_fingerprint, unwrap
+from torch_grood.geometry import checked_geometry, placed
 from torch_grood.gradients import PolarGradients
-from torch_grood.neighbors import GradientIndex, IndexQuality, StoreOptions, Subset, make_index
+from torch_grood.neighbors import GradientIndex, IndexQuality, StoreOptions, Subset, log_mean, make_index
 from torch_grood.neighbors.store import as_store_options
-from torch_grood.outliers import Mixup, OutlierContext, OutlierSource, PrototypeMean, content_keys
+from torch_grood.outliers import (
+    HighEnergy,
+    HighestEnergy,
+    Mixup,
+    OutlierContext,
+    OutlierSource,
+    PrototypeMean,
+    ScoreSettings,
+    content_keys,
+)
 from torch_grood.prototypes import ClassPrototypes, Labels, as_labels
 from torch_grood.provenance import CalibrationRecord, Names, TrainingRecord, content_hashes, digest_of, names_of
 from torch_grood.state import GRADIENT_ROWS, FitInfo, FittedState, build_state, with_added, with_removed
@@ -62,7 +75,7 @@ class Prediction(NamedTuple):
     """Decisions for n samples; every field is a tensor (n,) on the CPU.
 
     Attributes:
-        score: S(x), float64, higher = more OOD; the paper's units.
+        score: S(x), float64, higher = more OOD; in units of ‖∇‖₂ ≤ 1.
         p_value: conformal p-value: under ID, P(p ≤ α) ≤ α; None with a τ of the caller's on a detector that is not
             calibrated.
         is_ood: the decision, p ≤ fpr.
@@ -84,6 +97,7 @@ class _Scores(NamedTuple):
 
     Attributes:
         log_score: log S(x), float64 (n,).
+        log_nearest: log of the distance to the nearest stored gradient, float64 (n,).
         log_magnitude: log π, float64 (n,).
         neighbor: row of the nearest stored gradient, int64 (n,).
         prototype: row of the nearest class prototype, int64 (n,).
@@ -92,6 +106,7 @@ class _Scores(NamedTuple):
     """
 
     log_score: Tensor
+    log_nearest: Tensor
     log_magnitude: Tensor
     neighbor: Tensor
     prototype: Tensor
@@ -116,7 +131,7 @@ class GROOD:
 
     Args:
         model: maps images (n, ...) to logits (n, C); it is left bit for bit as it was. None: features only.
-        outliers: where the OOD prototype comes from.
+        outliers: where the OOD prototype comes from. None: `HighEnergy()`, and `PrototypeMean()` without a model.
         index: "exact", a faiss factory string such as "IVF1024,Flat", or an index object.
         head: name of the module whose input is the penultimate feature; found if None.
         early_layer: name of the module whose output is mixed; found if None.
@@ -124,6 +139,12 @@ class GROOD:
             samples come.
         store: how the gradients are kept: "float32", "float16", "int8", or `StoreOptions` with a memory budget.
         subset: which of them are kept: `ClassSample(…)` or `KCenterCoreset(…)`; None: all.
+        geometry: "raw", distances between the features as they are, or "unit", of length 1; None: what the source of
+            outliers was studied with, "unit" for `HighEnergy`, else the paper's "raw".
+        temperature: T of the softmax over distances; None: 1 for "raw"; for "unit" the root mean square distance of the
+            training features from the prototype of their class.
+        k: the score is the mean distance to the k nearest stored gradients; None: 10 for `HighEnergy`, else the
+            paper's 1.
 
     Attributes:
         classes_: names of the classifier's classes; labels are positions in it.
@@ -150,11 +171,14 @@ class GROOD:
         seed: int = 0,
         store: str | StoreOptions = "float32",
         subset: Subset | None = None,
+        geometry: str | None = None,
+        temperature: float | None = None,
+        k: int | None = None,
     ) -> None:
         if model is None and (head is not None or early_layer is not None):
             raise GroodError("head and early_layer name modules of a model, and there is none")
         if outliers is None:
-            outliers = Mixup() if model is not None else PrototypeMean()
+            outliers = HighEnergy() if model is not None else PrototypeMean()
         if not isinstance(outliers, OutlierSource):
             raise GroodError(f"outliers must be a source such as Mixup() or PrototypeMean(), got {outliers!r}")
         self.model = model
@@ -167,10 +191,32 @@ class GROOD:
             raise GroodError(f"subset must be ClassSample(…), KCenterCoreset(…) or None, got {subset!r}")
         self.store = as_store_options(store)
         self.subset = subset
+        self.geometry = None if geometry is None else checked_geometry(geometry)
+        self.temperature = temperature
+        self.k = k
+        _settings(outliers.settings, geometry, temperature, k)
         self.metadata: dict[str, Any] = {}
         self._learned = _Learned()
         # Checks the names now, and looks for what is not named at the first batch.
         self._extractor = None if model is None else FeatureExtractor(model, head, early_layer)
+
+    @classmethod
+    def paper(cls, model: nn.Module | None, **options: Any) -> Self:
+        """GROOD as the paper has it: `Mixup`, features as they are, T = 1, the one nearest gradient.
+
+        Args:
+            model: see `GROOD`.
+            options: of `GROOD`, which come before the paper's; `outliers=Mixup(lam=…)` for another λ.
+        """
+        if model is not None:
+            options.setdefault("outliers", Mixup())
+        paper: dict[str, Any] = {"geometry": "raw", "temperature": 1.0, "k": 1}
+        return cls(model, **{**paper, **options})
+
+    @property
+    def settings(self) -> ScoreSettings:
+        """How `fit` is to make scores: what the source of outliers was studied with, but for what the caller named."""
+        return _settings(self.outliers.settings, self.geometry, self.temperature, self.k)
 
     def __repr__(self) -> str:
         model = None if self.model is None else type(self.model).__name__
@@ -206,7 +252,9 @@ class GROOD:
         """
         extractor = self._need_extractor("fit")
         with extractor.evaluation():
-            passed = TrainingPass(extractor, self.outliers, self.seed, loader, classes, self.store, self.subset)
+            passed = TrainingPass(
+                extractor, self.outliers, self.seed, loader, classes, self.store, self.subset, self.settings.geometry
+            )
             if isinstance(loader, Tensor):
                 raise GroodError("fit needs labels; pass a loader of (images, labels) batches, not a tensor of images")
             passed.run(loader, progress, cache)
@@ -229,6 +277,7 @@ class GROOD:
             subset=self.subset,
             keys=torch.cat(passed.keys) if passed.keys else None,
             progress=progress,
+            settings=self.settings,
         )
         info = replace(
             state.info,
@@ -248,6 +297,7 @@ class GROOD:
         predictions: Labels | None = None,
         *,
         ood_features: Tensor | None = None,
+        logits: Tensor | None = None,
         classes: Sequence[int | str] | None = None,
     ) -> Self:
         """Fit on penultimate features.
@@ -257,7 +307,10 @@ class GROOD:
             labels: one a sample, integers 0 … C - 1, or names.
             predictions: the classifier's classes, as positions in the classes; the gradients of wrongly classified
                 samples are not stored. None: all are stored.
-            ood_features: (m, d); p_ood is their mean. None: as `outliers` says, which must then be PrototypeMean().
+            ood_features: (m, d); p_ood is their mean. None: as `outliers` says, which must then be PrototypeMean(), or
+                HighEnergy() with logits.
+            logits: (n, C), from which HighEnergy() takes the samples that the classifier knows least of; and
+                predictions, where these are None.
             classes: names of the classes, in the order of the integer labels; None: 0 … the largest label, or the
                 sorted names.
 
@@ -270,16 +323,22 @@ class GROOD:
         if classes is None:
             classes = _classes_of(labels, predictions)
         prototypes = ClassPrototypes(classes)
-        prototypes.update(features, labels)
+        prototypes.update(placed(features, self.settings.geometry), labels)
         if prototypes.counts.sum() == 0:
             raise GroodError("there is no training sample: features has no row")
         rows = prototypes.rows(labels, len(features))
-        predicted = None
+        uncertain, predicted = None, None
+        if logits is not None:
+            logits = _as_logits(logits, len(features), len(prototypes.classes))
+            sample = HighestEnergy(self.outliers.n_uncertain(len(features)))
+            sample.offer(features, logits)
+            uncertain = sample.features(len(features))
+            predictions = logits.argmax(1) if predictions is None else predictions
         if predictions is not None:
             predicted = _predictions(predictions, features, prototypes.classes)
         if ood_features is None:
             source: OutlierSource = self.outliers
-            outlier_features = source.features(OutlierContext(prototypes.means, seed=self.seed))
+            outlier_features = source.features(OutlierContext(prototypes.means, seed=self.seed, uncertain=uncertain))
         else:
             source = _GivenFeatures()
             outlier_features = _as_features(ood_features)
@@ -305,6 +364,7 @@ class GROOD:
             store=self.store,
             subset=self.subset,
             keys=None if self.subset is None else content_keys(features, self.seed),
+            settings=self.settings,
         )
         self._adopt(replace(state, training=TrainingRecord(content_hashes(features))))
         return self
@@ -465,7 +525,7 @@ class GROOD:
         content = scores.content
         assert content is not None
         # Exactly 0 for the same features; images in another batch come out of the network a rounding apart.
-        seen = scores.log_score - scores.log_magnitude < math.log(_SELF_MATCH)
+        seen = scores.log_nearest - scores.log_magnitude < math.log(_SELF_MATCH)
         if state.training is not None:
             seen |= state.training.contains(content)
         n_seen = int(seen.sum())
@@ -496,14 +556,14 @@ class GROOD:
         self._adopt(state, threshold, CalibrationRecord(int(kept.sum()), n_seen, digest_of(content[kept])))
 
     def score(self, images: Tensor | Iterable[Any], *, progress: Progress = None) -> Tensor:
-        """S(x): how far the gradient of each image is from all training gradients.
+        """S(x): how far the gradient of each image is from the nearest training gradients.
 
         Args:
             images: a tensor (n, ...), or batches; labels in them are ignored.
             progress: see `fit`.
 
         Returns:
-            float64 (n,), higher = more OOD, in the paper's units.
+            float64 (n,), higher = more OOD, in units of ‖∇‖₂ ≤ 1.
         """
         return self.log_score(images, progress=progress).exp()
 
@@ -791,6 +851,7 @@ class GROOD:
             seed=stored.seed,
             store=stored.state.searcher.gradients.dtype,
             subset=stored.subset,
+            **asdict(stored.settings),
         )
         detector.metadata = stored.metadata
         detector._adopt(stored.state, stored.threshold, stored.calibration)
@@ -891,9 +952,10 @@ def _scores_of_features(state: FittedState, features: Tensor, first: int = 0) ->
     for start in range(0, max(len(features), 1), GRADIENT_ROWS):
         part = features[start : start + GRADIENT_ROWS].cpu()
         gradients, nearest = state.gradient_field(part, first=first + start)
-        neighbors = state.searcher.search(gradients)
-        log_distance, row = neighbors.log_distance.flatten().cpu(), neighbors.row.flatten().cpu()
-        parts.append(_Scores(log_distance, gradients.log_magnitude.cpu(), row, nearest.cpu()))
+        neighbors = state.searcher.search(gradients, state.info.k)
+        log_distance, row = neighbors.log_distance.cpu(), neighbors.row[:, 0].cpu()
+        scores = log_mean(log_distance)
+        parts.append(_Scores(scores, log_distance[:, 0].clone(), gradients.log_magnitude.cpu(), row, nearest.cpu()))
     return _joined(parts)
 
 
@@ -1009,6 +1071,30 @@ class _GivenFeatures(OutlierSource):
 
     def config(self) -> dict[str, Any]:
         return {"name": "ood_features"}
+
+
+def _settings(own: ScoreSettings, geometry: str | None, temperature: float | None, k: int | None) -> ScoreSettings:
+    """The settings of a source, but for what the caller names; another geometry has a temperature of its own."""
+    if geometry is not None and checked_geometry(geometry) != own.geometry:
+        own = replace(own, geometry=geometry, temperature=None)
+    if temperature is not None:
+        if not isinstance(temperature, Real) or isinstance(temperature, bool) or not 0 < temperature < math.inf:
+            raise GroodError(f"temperature is what distances are divided by, greater than 0; got {temperature!r}")
+        own = replace(own, temperature=float(temperature))
+    if k is not None:
+        if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
+            raise GroodError(f"k is a number of nearest gradients, at least 1; got {k!r}")
+        own = replace(own, k=int(k))
+    return own
+
+
+def _as_logits(logits: Any, n: int, n_classes: int) -> Tensor:
+    found = _as_features(logits)
+    if found.shape != (n, n_classes):
+        raise GroodError(f"expected logits ({n}, {n_classes}), of each sample and class, got {tuple(found.shape)}")
+    if not bool(found.isfinite().all()):
+        raise GroodError("a logit is NaN or infinite; check the model (half precision may overflow)")
+    return found
 
 
 def _checked_seed(seed: Any) -> int:

@@ -1,9 +1,10 @@
 """Why a sample has its score: the parts of S, the nearest class prototypes and the nearest training samples.
 
-With the gradient H = π·u of the sample and H' = π'·u' of its nearest training sample, at an angle θ, the score parts
-into what the magnitudes and what the directions differ by (the law of cosines, with 1 - cos θ = 2 sin²(θ/2)):
+With the gradient H = π·u of the sample and H' = π'·u' of its nearest training sample, at an angle θ, their distance,
+which is the score for k = 1, parts into what the magnitudes and what the directions differ by (the law of cosines, with
+1 - cos θ = 2 sin²(θ/2)):
 
-    S² = ‖H - H'‖₂² = (π - π')² + 4 π π' sin²(θ/2)
+    ‖H - H'‖₂² = (π - π')² + 4 π π' sin²(θ/2)
 
 In units of the larger magnitude, r = e^-|log π - log π'|, this is (1 - r)² + r·c² with the chord c = ‖u - u'‖ =
 2 sin(θ/2): nothing underflows at any scale of the features, and nothing cancels. θ = 2 atan(‖u - u'‖ / ‖u + u'‖) is
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from torch_grood.errors import GroodError
 from torch_grood.gradients import BLOCK_ROWS, PolarGradients
-from torch_grood.neighbors import GradientSearcher, Neighbors, log_distance
+from torch_grood.neighbors import GradientSearcher, Neighbors, log_distance, log_mean
 from torch_grood.neighbors.store import GradientStore
 from torch_grood.state import GRADIENT_ROWS, FittedState
 
@@ -34,22 +35,22 @@ class Explanation(NamedTuple):
     """What the scores of n samples come from; tensors on the CPU, k neighbours, c class prototypes.
 
     Attributes:
-        log_score: log S, float64 (n,); -inf for S = 0.
+        log_score: log S, float64 (n,); -inf for S = 0. S is the mean distance to the detector's k nearest gradients.
         log_magnitude: log π of the sample, float64 (n,).
         direction: unit vector of its gradient, away from the OOD prototype, float32 (n, d); zero where h = p_ood, where
             the gradient is the zero vector whatever π is.
-        ood_distance: ‖h - p_ood‖₂, float64 (n,).
+        ood_distance: ‖h - p_ood‖₂, float64 (n,); as all distances, in the detector's geometry.
         prototype: the nearest class prototypes, nearest first, as positions in `GROOD.classes_`, int64 (n, c).
         prototype_distance: ‖h - p_c‖₂, float64 (n, c).
         neighbor: the training samples with the nearest gradients, nearest first, by their positions in the training
-            set, int64 (n, k). The first is the one that the score is the distance to. An approximate index looks more
-            widely for the others, and may then find a nearer one.
+            set, int64 (n, k). The first ones are those that the score is the mean distance to. An approximate index
+            looks more widely for more, and may then find a nearer one.
         neighbor_log_distance: log of the distance of the gradients, float64 (n, k).
         neighbor_log_magnitude: log π of the neighbours, float64 (n, k).
         neighbor_angle: θ between the directions, radians, float64 (n, k); π/2 if one of the two has none (h = p_ood),
             0 if both have none.
-        direction_share: which part of S² the directions make, float64 (n,) in [0, 1]: 4ππ'sin²(θ/2) / S² for the first
-            neighbour; the magnitudes make the rest. 0 for S = 0, where there is nothing to share.
+        direction_share: which part of ‖H - H'‖² the directions make, float64 (n,) in [0, 1]: 4ππ'sin²(θ/2) of it, for
+            the first neighbour; the magnitudes make the rest. 0 for H = H', where there is nothing to share.
     """
 
     log_score: Tensor
@@ -98,11 +99,14 @@ def _explain_part(state: FittedState, features: Tensor, k: int, c: int, first: i
     geometry = state.gradient_field(features.cpu(), first=first)
     # Rounded to float32 as the search does: the parts are those of the score.
     gradients = PolarGradients(geometry.gradients.log_magnitude, geometry.gradients.direction.float())
-    ood_distance, prototype, prototype_distance = _prototypes(state, features, geometry.nearest, c)
-    found = _neighbors(state.searcher, gradients, k)
+    ood_distance, prototype, prototype_distance = _prototypes(
+        state, state.gradient_field.placed(features), geometry.nearest, c
+    )
+    scored = Neighbors(*(field.cpu() for field in state.searcher.search(gradients, state.info.k)))
+    found = _neighbors(state.searcher, gradients, scored, k)
     log_magnitude, angle, share = _polar_parts(gradients, state.searcher.gradients, found.row)
     return Explanation(
-        log_score=found.log_distance[:, 0].clone(),
+        log_score=log_mean(scored.log_distance),
         log_magnitude=gradients.log_magnitude,
         direction=gradients.direction,
         ood_distance=ood_distance,
@@ -132,11 +136,11 @@ def _prototypes(state: FittedState, features: Tensor, nearest: Tensor, c: int) -
     return ood_distance, prototype, prototype_distance
 
 
-def _neighbors(searcher: GradientSearcher, gradients: PolarGradients, k: int) -> Neighbors:
-    """The gradient that the score is the distance to, as the detector finds it, and the k - 1 nearest others."""
-    best = Neighbors(*(field.cpu() for field in searcher.search(gradients)))
-    if k == 1:
-        return best
+def _neighbors(searcher: GradientSearcher, gradients: PolarGradients, scored: Neighbors, k: int) -> Neighbors:
+    """The nearest gradients: the first as the score has it, and k - 1 others, for which it may take another search."""
+    if k <= scored.row.shape[1]:
+        return Neighbors(scored.log_distance[:, :k], scored.row[:, :k])
+    best = Neighbors(scored.log_distance[:, :1], scored.row[:, :1])
     more = Neighbors(*(field.cpu() for field in searcher.search(gradients, k)))
     row = torch.cat([best.row, more.row], dim=1)
     again = row == best.row

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from torch_grood.errors import GroodError
+from torch_grood.geometry import placed
 
 __all__ = [
     "GradientField",
@@ -75,14 +76,18 @@ class GradientField:
     """H(h) and the nearest class prototype for fixed prototypes, which are prepared once.
 
     Args:
-        class_prototypes: (C, d).
-        ood_prototype: p_ood, (d,).
+        class_prototypes: (C, d), in the geometry.
+        ood_prototype: p_ood, (d,), in the geometry.
+        geometry: see `torch_grood.geometry`.
+        temperature: T; the scores are s_k = -‖h - p_k‖₂ / T, and H is the gradient of T · L: ‖H‖₂ = π for all T.
 
     Raises:
         GroodError: for shapes that do not fit.
     """
 
-    def __init__(self, class_prototypes: Tensor, ood_prototype: Tensor) -> None:
+    def __init__(
+        self, class_prototypes: Tensor, ood_prototype: Tensor, geometry: str = "raw", temperature: float = 1.0
+    ) -> None:
         if (
             class_prototypes.ndim != 2
             or len(class_prototypes) == 0
@@ -93,6 +98,8 @@ class GradientField:
                 f"got {tuple(class_prototypes.shape)} and {tuple(ood_prototype.shape)}"
             )
         device = _float64_device(class_prototypes.device)
+        self._geometry = geometry
+        self._temperature = temperature
         self._origin = ood_prototype.detach().to(device, torch.float64)
         self._classes = class_prototypes.detach().to(device, torch.float64) - self._origin
         self._class_squares = self._classes.square().sum(1)
@@ -112,7 +119,7 @@ class GradientField:
         n_padded = -(-n // BLOCK_ROWS) * BLOCK_ROWS
         offset = torch.empty(n_padded, d, dtype=torch.float64, device=device)
         offset[n:] = 0
-        torch.sub(features.detach().to(device), self._origin, out=offset[:n])
+        torch.sub(self.placed(features).detach().to(device), self._origin, out=offset[:n])
         ood_distance = torch.empty(n_padded, 1, dtype=torch.float64, device=device)
         log_magnitude = torch.empty(n_padded, dtype=torch.float64, device=device)
         nearest = torch.empty(n_padded, dtype=torch.int64, device=device)
@@ -121,7 +128,7 @@ class GradientField:
             squares = offset[block].square().sum(1, keepdim=True)
             class_distance2 = self._class_distance2(offset[block], squares)
             torch.sqrt(squares, out=ood_distance[block])
-            scores = torch.cat([class_distance2.sqrt(), ood_distance[block]], dim=1).neg_()
+            scores = torch.cat([class_distance2.sqrt(), ood_distance[block]], dim=1).div_(-self._temperature)
             torch.sub(scores[:, -1], torch.logsumexp(scores, dim=1), out=log_magnitude[block])
             nearest[block] = class_distance2.argmin(1)
         _check_finite(log_magnitude[:n], features, first)
@@ -130,6 +137,10 @@ class GradientField:
         apart = ood_distance > 1e-150
         direction = offset.mul_(ood_distance.reciprocal_().masked_fill_(~apart, 0.0))
         return PrototypeGeometry(PolarGradients(log_magnitude[:n], direction[:n]), nearest[:n])
+
+    def placed(self, features: Tensor) -> Tensor:
+        """Features (n, d) where their distances to the prototypes are taken."""
+        return placed(features, self._geometry)
 
     def _class_distance2(self, offset: Tensor, squares: Tensor) -> Tensor:
         """Squared distances of one block of rows, relative to p_ood, to the class prototypes."""

@@ -5,9 +5,10 @@ that the classifier finds second most likely, and runs the rest of the network o
 
     λ · e(x) + (1 - λ) · p_{y'}^early
 
-The other sources are uniform noise, real outliers (which makes OOD data part of the method: everything that reports
-such a detector says so) and the mean of the class prototypes. Sources are immutable configuration; `fit` gives them
-what they ask for.
+The other sources are the training samples that the classifier knows least of, uniform noise, real outliers (which makes
+OOD data part of the method: everything that reports such a detector says so) and the mean of the class prototypes.
+Sources are immutable configuration; `fit` gives them what they ask for. Each brings the settings of the score that it
+was studied with: the paper's, or those of docs/research/ood-prototype.md.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ from torch_grood.errors import GroodError
 from torch_grood.features import FeatureExtractor
 
 __all__ = [
+    "PAPER",
+    "HighEnergy",
+    "HighestEnergy",
     "Mixup",
     "OutlierContext",
     "OutlierSamples",
     "OutlierSource",
     "PrototypeMean",
     "SampleReservoir",
+    "ScoreSettings",
     "TrainingSamples",
     "UniformNoise",
     "content_keys",
@@ -44,7 +49,7 @@ __all__ = [
     "outlier_source",
 ]
 
-_LEAST_MIXED, _MOST_MIXED = 100, 1000
+_FEWEST, _MOST = 100, 1000
 # Larger images are folded to this many numbers before they are hashed, which is the slow part.
 _FOLD = 2048
 _WORD = 2**64 - 1
@@ -77,6 +82,7 @@ class OutlierContext:
         batch_size: samples that the model may be given at a time.
         seed: of the detector.
         progress: see `torch_grood._progress`.
+        uncertain: features of the training samples of highest energy, (m, d), if the source asked for them.
     """
 
     class_prototypes: Tensor
@@ -88,6 +94,26 @@ class OutlierContext:
     batch_size: int = 64
     seed: int = 0
     progress: Progress = None
+    uncertain: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How a score comes from the distances.
+
+    Attributes:
+        geometry: see `torch_grood.geometry`.
+        temperature: T; None: the geometry's own.
+        k: the score is the mean distance to so many nearest stored gradients.
+    """
+
+    geometry: str = "raw"
+    temperature: float | None = None
+    k: int = 1
+
+
+PAPER = ScoreSettings()
+"""Features as they are, T = 1, the one nearest gradient."""
 
 
 class OutlierSource(ABC):
@@ -96,14 +122,24 @@ class OutlierSource(ABC):
     Attributes:
         uses_ood_data: real OOD data are part of the detector.
         uses_early_layer: needs early prototypes, hence an early layer.
+        settings: of the score, where the detector is given none.
     """
 
     uses_ood_data: ClassVar[bool] = False
     uses_early_layer: ClassVar[bool] = False
+    settings: ClassVar[ScoreSettings] = PAPER
 
     def n_training_samples(self, n_all: int | None) -> int:
         """Training samples that `fit` keeps for this source, of `n_all` (None: not known before the end)."""
         return 0
+
+    def n_uncertain(self, n_all: int | None) -> int:
+        """Features of the highest energy that `fit` keeps for this source, as `n_training_samples`."""
+        return 0
+
+    def prototype(self, outliers: Tensor, place: Callable[[Tensor], Tensor]) -> Tensor:
+        """p_ood, float64 (d,), of outliers (m, d), which `place` takes to where distances are taken."""
+        return place(outliers).double().mean(0)
 
     @abstractmethod
     def features(self, context: OutlierContext) -> Tensor:
@@ -143,9 +179,7 @@ class Mixup(OutlierSource):
 
     def n_training_samples(self, n_all: int | None) -> int:
         """See `OutlierSource`."""
-        if self.n is not None:
-            return self.n
-        return _MOST_MIXED if n_all is None else min(max(n_all // 50, _LEAST_MIXED), _MOST_MIXED)
+        return _fiftieth(n_all) if self.n is None else self.n
 
     def features(self, context: OutlierContext) -> Tensor:
         """See `OutlierSource.features`."""
@@ -168,6 +202,48 @@ class Mixup(OutlierSource):
 
             found.append(extractor(samples.images[batch], mix).features)
         return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class HighEnergy(OutlierSource):
+    """The training samples that the classifier knows least of, by their free energy -log Σ exp z: no synthetic image.
+
+    p_ood is the mean of their features, drawn toward the origin. Chosen among many sources with classifiers that had
+    never seen some of their classes: docs/research/ood-prototype.md. It needs the logits, and no early layer.
+
+    Args:
+        n: training samples of the highest energy; all of them if there are fewer. None: a fiftieth of the training set,
+            at least 100 and at most 1,000.
+        shrink: p_ood is the mean times this, in [0, 1]: at 1 the near outliers are told best, toward 0 the far ones.
+    """
+
+    n: int | None = None
+    shrink: float = 0.5
+    settings: ClassVar[ScoreSettings] = ScoreSettings("unit", None, 10)
+
+    def __post_init__(self) -> None:
+        if self.n is not None:
+            object.__setattr__(self, "n", _checked_count(self.n))
+        if not isinstance(self.shrink, Real) or isinstance(self.shrink, bool) or not 0 <= self.shrink <= 1:
+            raise GroodError(f"shrink is what the mean is multiplied by, between 0 and 1; got {self.shrink!r}")
+        object.__setattr__(self, "shrink", float(self.shrink))
+
+    def n_uncertain(self, n_all: int | None) -> int:
+        """See `OutlierSource`."""
+        return _fiftieth(n_all) if self.n is None else self.n
+
+    def prototype(self, outliers: Tensor, place: Callable[[Tensor], Tensor]) -> Tensor:
+        """See `OutlierSource.prototype`."""
+        return self.shrink * super().prototype(outliers, place)
+
+    def features(self, context: OutlierContext) -> Tensor:
+        """See `OutlierSource.features`."""
+        if context.uncertain is None or len(context.uncertain) == 0:
+            raise GroodError(
+                "HighEnergy needs the logits of the training samples; use it through GROOD.fit, pass "
+                "fit_features(…, logits=…), or take PrototypeMean()"
+            )
+        return context.uncertain
 
 
 @dataclass(frozen=True)
@@ -250,13 +326,22 @@ class OutlierSamples(OutlierSource):
 class PrototypeMean(OutlierSource):
     """The mean of the class prototypes: no outlier at all, and nothing to choose."""
 
+    def prototype(self, outliers: Tensor, place: Callable[[Tensor], Tensor]) -> Tensor:
+        """See `OutlierSource.prototype`; the prototypes are where distances are taken already."""
+        return outliers.double().mean(0)
+
     def features(self, context: OutlierContext) -> Tensor:
         """See `OutlierSource.features`."""
         return context.class_prototypes.mean(0, keepdim=True)
 
 
+def _fiftieth(n_all: int | None) -> int:
+    """A fiftieth of the training set, within bounds: the error of a mean falls as 1/√n."""
+    return _MOST if n_all is None else min(max(n_all // 50, _FEWEST), _MOST)
+
+
 def named_source(name: str, n: int | None = None, lam: float = Mixup.lam) -> OutlierSource:
-    """The source "mixup", "noise" or "mean", as command lines and other libraries name them.
+    """The source "energy", "mixup", "noise" or "mean", as command lines and other libraries name them.
 
     Args:
         name: of the source.
@@ -266,13 +351,15 @@ def named_source(name: str, n: int | None = None, lam: float = Mixup.lam) -> Out
     Raises:
         GroodError: for another name, or arguments out of range.
     """
+    if name == "energy":
+        return HighEnergy(n)
     if name == "mixup":
         return Mixup(n, lam)
     if name == "noise":
         return UniformNoise() if n is None else UniformNoise(n)
     if name == "mean":
         return PrototypeMean()
-    raise GroodError(f"there is no source of outliers {name!r}; there are mixup, noise and mean")
+    raise GroodError(f"there is no source of outliers {name!r}; there are energy, mixup, noise and mean")
 
 
 @dataclass(frozen=True)
@@ -300,7 +387,7 @@ def outlier_source(config: dict[str, Any]) -> OutlierSource:
     arguments = dict(config)
     name = arguments.pop("name", None)
     known: dict[Any, Callable[..., OutlierSource]] = {
-        source.__name__: source for source in (Mixup, UniformNoise, PrototypeMean)
+        source.__name__: source for source in (HighEnergy, Mixup, UniformNoise, PrototypeMean)
     }
     # The images are not kept; to fit again takes a new source.
     known["OutlierSamples"] = partial(OutlierSamples, ())
@@ -312,6 +399,34 @@ def outlier_source(config: dict[str, Any]) -> OutlierSource:
         return known[name](**arguments)
     except TypeError as error:
         raise GroodError(f"bad arguments of outlier source {name}: {error}") from None
+
+
+class HighestEnergy:
+    """The features of the samples of a stream with the highest free energy -log Σ exp z, in order of the energy.
+
+    Args:
+        n: samples to keep.
+    """
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._energy = torch.empty(0, dtype=torch.float64)
+        self._features: Tensor | None = None
+
+    def offer(self, features: Tensor, logits: Tensor) -> None:
+        """Offer a batch of features (n, d) with their logits (n, C)."""
+        if not self._n:
+            return
+        energy = -logits.detach().cpu().double().logsumexp(1)
+        candidates = features.detach().cpu()
+        if self._features is not None:
+            energy, candidates = torch.cat([self._energy, energy]), torch.cat([self._features, candidates])
+        kept = energy.argsort(descending=True, stable=True)[: self._n]
+        self._energy, self._features = energy[kept], candidates[kept]
+
+    def features(self, most: int) -> Tensor | None:
+        """At most so many of them, (m, d); None if none was asked for or offered."""
+        return None if self._features is None else self._features[:most]
 
 
 class SampleReservoir:

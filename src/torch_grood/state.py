@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 from torch_grood._progress import Progress
 from torch_grood.errors import GroodError
 from torch_grood.features import ModelFingerprint
+from torch_grood.geometry import own_temperature, placed
 from torch_grood.gradients import GradientField, PolarGradients
 from torch_grood.neighbors import GradientIndex, GradientSearcher, StoreOptions, Subset
 from torch_grood.neighbors.store import StoreWriter
-from torch_grood.outliers import OutlierSource
+from torch_grood.outliers import PAPER, OutlierSource, ScoreSettings
 from torch_grood.prototypes import ClassPrototypes
 from torch_grood.provenance import TrainingRecord
 
@@ -51,6 +53,9 @@ class FitInfo:
         rounding_radius: the largest ‖g - ĝ‖₂ of a gradient and what is stored of it: no score is farther off.
         n_added: training samples that came after the fit.
         n_removed: stored gradients that were removed after it.
+        geometry: see `torch_grood.geometry`.
+        temperature: T of the softmax over distances.
+        k: the score is the mean distance to so many nearest stored gradients; no more than were stored.
     """
 
     n_samples: int
@@ -72,6 +77,9 @@ class FitInfo:
     rounding_radius: float = 0.0
     n_added: int = 0
     n_removed: int = 0
+    geometry: str = "raw"
+    temperature: float = 1.0
+    k: int = 1
 
     @property
     def n_read(self) -> int:
@@ -109,7 +117,9 @@ class FittedState:
     gradient_field: GradientField = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gradient_field", GradientField(self.class_prototypes, self.ood_prototype))
+        info = self.info
+        gradient_field = GradientField(self.class_prototypes, self.ood_prototype, info.geometry, info.temperature)
+        object.__setattr__(self, "gradient_field", gradient_field)
 
 
 def build_state(
@@ -129,17 +139,22 @@ def build_state(
     subset: Subset | None = None,
     keys: Tensor | None = None,
     progress: Progress = None,
+    settings: ScoreSettings = PAPER,
 ) -> FittedState:
     """From features to an index over gradients.
 
     `features` come in parts, which are let go as they are used; `labels` are rows of the prototypes, `predictions`
-    positions in `classes`; a subset needs `keys`, see `Subset.sample`.
+    positions in `classes`; a subset needs `keys`, see `Subset.sample`. The prototypes are those of the features in the
+    geometry of `settings`.
     """
-    ood_prototype = outlier_features.double().mean(0).cpu()
+    geometry, temperature = settings.geometry, settings.temperature
+    if temperature is None:
+        temperature = own_temperature(prototypes, geometry)
+    ood_prototype = source.prototype(outlier_features, partial(placed, geometry=geometry)).cpu()
     class_prototypes = prototypes.means.cpu()
     if not bool(ood_prototype.isfinite().all()):
         raise GroodError("the OOD prototype is not finite: an outlier has a NaN or infinite feature; check the source")
-    gradient_field = GradientField(class_prototypes, ood_prototype)
+    gradient_field = GradientField(class_prototypes, ood_prototype, geometry, temperature)
     correct = torch.ones_like(labels, dtype=torch.bool) if predictions is None else predictions == class_ids[labels]
     if not bool(correct.any()):
         raise GroodError(
@@ -154,10 +169,10 @@ def build_state(
     writer = StoreWriter(int(kept.sum()), len(ood_prototype), store)
     done = n_prototype_correct = 0
     for part in _joined(features):
-        geometry = gradient_field(part.cpu())
+        found = gradient_field(part.cpu())
         rows = slice(done, done + len(part))
-        n_prototype_correct += int((geometry.nearest == labels[rows]).sum())
-        writer.append(geometry.gradients.take(kept[rows]))
+        n_prototype_correct += int((found.nearest == labels[rows]).sum())
+        writer.append(found.gradients.take(kept[rows]))
         done = rows.stop
     gradients = writer.finish()
     sample_ids = sample_ids[kept]
@@ -177,8 +192,12 @@ def build_state(
         n_outliers=len(outlier_features),
         n_correct=int(correct.sum()),
         subset=None if subset is None else subset.config(),
-        covering_radius=None if coverage is None else math.exp(coverage.log_radius),
+        # It bounds what the subset costs the nearest neighbour, and says nothing of the next ones.
+        covering_radius=None if coverage is None or settings.k > 1 else math.exp(coverage.log_radius),
         rounding_radius=math.exp(gradients.log_rounding),
+        geometry=geometry,
+        temperature=temperature,
+        k=min(settings.k, len(gradients)),
     )
     return FittedState(
         classes=classes,
@@ -261,6 +280,7 @@ def with_removed(state: FittedState, seed: int, sample_ids: Tensor, store: Store
         state.info,
         n_indexed=len(kept),
         n_removed=state.info.n_removed + n_removed,
+        k=min(state.info.k, len(kept)),
         # What a removed gradient stood for may be farther from those that stay.
         covering_radius=None,
     )

@@ -29,6 +29,7 @@ from torch_grood import container
 from torch_grood.container import BLOCK, Guard
 from torch_grood.errors import AlteredFileError, FormatError, GroodError
 from torch_grood.features import ModelFingerprint
+from torch_grood.geometry import checked_geometry
 from torch_grood.neighbors import (
     ExactIndex,
     FaissIndex,
@@ -39,7 +40,7 @@ from torch_grood.neighbors import (
     Subset,
 )
 from torch_grood.neighbors.subset import make_subset
-from torch_grood.outliers import OutlierSource, outlier_source
+from torch_grood.outliers import PAPER, OutlierSource, ScoreSettings, outlier_source
 from torch_grood.provenance import CalibrationRecord, Names, TrainingRecord
 from torch_grood.state import FitInfo, FittedState
 from torch_grood.threshold import ConformalThreshold
@@ -49,7 +50,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT_VERSION", "StoredDetector", "load", "save"]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+# The first version that tells how the score comes from distances; before, it was as in the paper.
+_TELLS_SETTINGS = 4
 # The first version that lists its zero rows.
 _LISTS_ZERO_ROWS = 3
 # The first version that keeps what an index learned.
@@ -80,6 +83,7 @@ class StoredDetector:
     subset: Subset | None
     seed: int
     metadata: dict[str, Any]
+    settings: ScoreSettings
 
 
 def save(path: Path, detector: GROOD, state: FittedState) -> None:
@@ -104,6 +108,7 @@ def save(path: Path, detector: GROOD, state: FittedState) -> None:
         "index": {"spec": index.spec, **(index.config() if isinstance(index, FaissIndex) else {})},
         "quality": None if quality is None else asdict(quality),
         "seed": detector.seed,
+        "settings": asdict(detector.settings),
         "fingerprint": None if state.fingerprint is None else asdict(state.fingerprint),
         "fit": asdict(state.info),
         "training": None if training is None else {"n": len(training.hashes), "digest": training.digest()},
@@ -329,6 +334,22 @@ def _fit_info(stored: dict[str, Any]) -> FitInfo:
     return FitInfo(**found)
 
 
+def _settings(header: dict[str, Any], info: FitInfo) -> ScoreSettings:
+    """The settings that the detector was made with, if they are ones that the fit can have had."""
+    if header["format_version"] < _TELLS_SETTINGS:
+        if (info.geometry, info.temperature, info.k) != (PAPER.geometry, 1.0, PAPER.k):
+            raise FormatError("the fit has settings that its format does not know; the file was altered")
+        return PAPER
+    settings = ScoreSettings(**header["settings"])
+    temperature = info.temperature if settings.temperature is None else settings.temperature
+    numbers_fit = type(settings.k) is int and 1 <= info.k <= min(settings.k, info.n_indexed)
+    if not numbers_fit or type(temperature) is not float or temperature != info.temperature or not temperature > 0:
+        raise FormatError(f"the settings of the score are {header['settings']!r:.200}; the file was altered")
+    if checked_geometry(settings.geometry) != info.geometry:
+        raise FormatError(f"the fit's geometry is {info.geometry!r:.100}, not the detector's; the file was altered")
+    return settings
+
+
 def _index(stored: dict[str, Any]) -> GradientIndex:
     arguments = dict(stored)
     spec = arguments.pop("spec")
@@ -390,6 +411,7 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor], guards: dict[st
     if not 0 <= int(sample_ids.min()) <= int(sample_ids.max()) < info.n_read:
         raise FormatError(f"a sample is none of the {info.n_read:,} that were read; the file was altered")
     index = _index(header["index"])
+    settings = _settings(header, info)
     fingerprint = header["fingerprint"]
     state = FittedState(
         classes=classes,
@@ -416,4 +438,5 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor], guards: dict[st
         subset=make_subset(info.subset),
         seed=seed,
         metadata=header["metadata"],
+        settings=settings,
     )

@@ -21,9 +21,17 @@ from torch_grood._progress import Progress, track
 from torch_grood.errors import GroodError
 from torch_grood.feature_store import FeatureStore
 from torch_grood.features import Extraction, FeatureExtractor
+from torch_grood.geometry import placed
 from torch_grood.neighbors import StoreOptions, Subset
 from torch_grood.neighbors.store import Spool
-from torch_grood.outliers import OutlierContext, OutlierSource, SampleReservoir, TrainingSamples, content_keys
+from torch_grood.outliers import (
+    HighestEnergy,
+    OutlierContext,
+    OutlierSource,
+    SampleReservoir,
+    TrainingSamples,
+    content_keys,
+)
 from torch_grood.prototypes import ClassPrototypes, as_labels
 from torch_grood.provenance import content_hashes
 from torch_grood.state import GRADIENT_ROWS
@@ -63,6 +71,7 @@ class TrainingPass:
         chosen: Sequence[int | str] | None,
         store: StoreOptions = StoreOptions(),  # noqa: B008 (immutable)
         subset: Subset | None = None,
+        geometry: str = "raw",
     ) -> None:
         self.extractor = extractor
         self.source = source
@@ -70,6 +79,8 @@ class TrainingPass:
         self._n_all = _length_of(loader)
         self._chosen = chosen
         self.reservoir = SampleReservoir(source.n_training_samples(self._n_all), seed)
+        self.uncertain = HighestEnergy(source.n_uncertain(self._n_all))
+        self._geometry = geometry
         self._store = store
         self._subset = subset
         self._probe: Extraction | None = None
@@ -149,7 +160,8 @@ class TrainingPass:
     def collect(self, members: Members, found: Extraction, hashes: Tensor) -> None:
         """Take features, logits and content hashes of the images that take part in the batch of `members`."""
         with self._naming(members):
-            self.prototypes.update(found.features, members.rows)
+            self.prototypes.update(placed(found.features, self._geometry), members.rows)
+        self.uncertain.offer(found.features, found.logits[:, self.class_ids])
         self.n_features, self._feature_bytes = found.features.shape[1], found.features.element_size()
         self.hashes[-1][members.taking_part] = hashes
         self.features.append(found.features)
@@ -273,6 +285,7 @@ class TrainingPass:
             batch_size=self.batch_size,
             seed=self.seed,
             progress=progress,
+            uncertain=self.uncertain.features(self.source.n_uncertain(self.n_samples)),
         )
 
     def say_memory(self) -> None:

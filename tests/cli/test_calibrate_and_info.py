@@ -88,7 +88,7 @@ def test_info(digits: Path) -> None:
     (digits / "net.safetensors").unlink()
     result = run("info", "net.grood")
     assert (result.code, result.err) == (0, "")
-    for text in ("classes 4: one, three, two, zero", "Mixup(n=", "nets.py:net, weights net.safetensors", "τ ="):
+    for text in ("classes 4: one, three, two, zero", "HighEnergy(n=", "nets.py:net, weights net.safetensors", "τ ="):
         assert text in result.out
     assert "real OOD data" not in result.out
     facts = json.loads(run("info", "net.grood", "--format", "json").raw)

@@ -77,7 +77,7 @@ def test_json_says_what_the_library_says(digits: Path) -> None:
 
 
 def test_an_explanation_changes_no_decision(digits: Path) -> None:
-    for options in ((), ("--fpr", "0.2"), ("--tau", "0.3"), ("--fdr", "0.2")):
+    for options in ((), ("--fpr", "0.2"), ("--tau", "0.1"), ("--fdr", "0.2")):
         plain = score_json("test", "ood", *options, "--batch-size", "50")
         explained = score_json("test", "ood", *options, "--batch-size", "50", "--explain")
         for row in explained:

@@ -79,7 +79,8 @@ def test_lists_and_numbers_of_classes(digits: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--lam", "0.7", "--n", "50"), {"name": "Mixup", "n": 50, "lam": 0.7}),
+        ((), {"name": "HighEnergy", "n": None, "shrink": 0.5}),
+        (("--outliers", "mixup", "--lam", "0.7", "--n", "50"), {"name": "Mixup", "n": 50, "lam": 0.7}),
         (("--outliers", "noise", "--n", "20"), {"name": "UniformNoise", "n": 20}),
         (("--outliers", "mean"), {"name": "PrototypeMean"}),
         (("--outliers", "samples", "--ood", "ood"), {"name": "OutlierSamples", "n": None}),
@@ -98,7 +99,8 @@ def test_outlier_sources(digits: Path, options: tuple[str, ...], expected: dict[
     ("options", "message"),
     [
         (("--outliers", "noise", "--lam", "0.5"), "--lam belongs to --outliers mixup, not to noise"),
-        (("--ood", "ood"), "--ood belongs to --outliers samples, not to mixup"),
+        (("--ood", "ood"), "--ood belongs to --outliers samples, not to energy"),
+        (("--lam", "0.5"), "--lam belongs to --outliers mixup, not to energy"),
         (("--outliers", "mean", "--n", "5"), "--outliers mean uses no outliers"),
         (("--outliers", "samples"), "--outliers samples needs real OOD images; add --ood DIR"),
         (("--calibrate", "train"), r"351 of 351 calibration images are training images \(.*, …\)"),
@@ -242,7 +244,7 @@ def test_a_factory_without_weights_is_mentioned(digits: Path) -> None:
 
 
 def test_a_cache_changes_no_byte(digits: Path) -> None:
-    fit = (*FIT, "--calibrate", "val")
+    fit = (*FIT, "--calibrate", "val", "--outliers", "mixup")
     assert run(*fit, "--quiet").code == 0
     plain = Path("new.grood").read_bytes()
     first = run(*fit, "--cache", "kept")

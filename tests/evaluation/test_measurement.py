@@ -87,12 +87,15 @@ def test_a_method_without_scores() -> None:
     assert (row.status, row.reason, row.figures, row.groups) == ("unavailable", "too few samples", {}, {})
 
 
+MIXED = Grood(outliers="mixup", lam=0.5)
+
+
 def test_grood_is_tested_against_all_others() -> None:
-    found = [scored(Msp(), 0.4, 1), scored(Grood(), 1.0, 0), scored(Knn(), 1.0, 2), scored(Grood(lam=0.5), 0.9, 3)]
+    found = [scored(Msp(), 0.4, 1), scored(Grood(), 1.0, 0), scored(Knn(), 1.0, 2), scored(MIXED, 0.9, 3)]
     scores = {one.asked.label: sets for one in found if (sets := score_sets(one)) is not None}
     tests = compare(2, [result(one) for one in found], scores, GROUPS)
     assert [(test.group, test.method_a, test.method_b) for test in tests] == [
-        (group, "GROOD", other) for group in ("near", "far") for other in ("MSP", "KNN", Grood(lam=0.5).label)
+        (group, "GROOD", other) for group in ("near", "far") for other in ("MSP", "KNN", MIXED.label)
     ]
     near = [delong_difference(scores["GROOD"], scores[test.method_b], ["a", "b"]) for test in tests[:3]]
     assert [test.difference for test in tests[:3]] == [one.value for one in near]

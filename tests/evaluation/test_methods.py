@@ -44,7 +44,7 @@ from torch_grood.evaluation.methods import (
     methods_of,
 )
 from torch_grood.evaluation.outputs import Head, Outputs, World
-from torch_grood.outliers import Mixup, UniformNoise
+from torch_grood.outliers import HighEnergy, Mixup, UniformNoise
 
 TASK = Task()
 WORLD = TASK.world()
@@ -156,7 +156,7 @@ def test_outliers_are_made_without_the_classes_left_out() -> None:
     reduced = WORLD.without([4])
     assert isinstance(reduced.outliers, Mixed)
     reduced.outliers.asked.clear()
-    Grood(n=7, lam=0.8).fit(reduced)
+    Grood(outliers="mixup", n=7, lam=0.8).fit(reduced)
     assert reduced.outliers.asked == [(Mixup(7, 0.8), frozenset({4}))]
 
 
@@ -265,7 +265,8 @@ def test_needs_are_what_is_needed() -> None:
             else:
                 scorer(name, world)
     assert Odin().needs == {"images"}
-    assert Grood().needs == {"labels", "outliers"}
+    assert Grood().needs == {"labels"}
+    assert Grood(outliers="mixup").needs == {"labels", "outliers"}
     assert Grood(outliers="ood").needs == {"labels", "ood"}
     assert Grood(outliers="mean").needs == {"labels"}
 
@@ -336,7 +337,9 @@ def test_grood_is_grood() -> None:
     detector = GROOD(None, seed=0).fit_features(
         train.features, train.labels, train.logits.argmax(1), ood_features=WORLD.outliers.made
     )
-    assert torch.equal(Grood().fit(WORLD)(TEST), detector.log_score_features(TEST.features))
+    assert torch.equal(Grood(outliers="mixup").fit(WORLD)(TEST), detector.log_score_features(TEST.features))
+    energy = GROOD(None, HighEnergy(), seed=0).fit_features(train.features, train.labels, logits=train.logits)
+    assert torch.equal(Grood().fit(WORLD)(TEST), energy.log_score_features(TEST.features))
     mean = GROOD(None, seed=0).fit_features(train.features, train.labels, train.logits.argmax(1))
     assert torch.equal(Grood(outliers="mean").fit(WORLD)(TEST), mean.log_score_features(TEST.features))
     approximate = Grood(index="IVF4,Flat").fit(WORLD)(TEST)
@@ -346,7 +349,13 @@ def test_grood_is_grood() -> None:
 def test_grood_asks_for_the_outliers_that_it_is_told() -> None:
     assert isinstance(WORLD.outliers, Mixed)
     WORLD.outliers.asked.clear()
-    for method in (Grood(), Grood(lam=0.7), Grood(outliers="noise"), Grood(outliers="noise", n=30)):
+    for method in (
+        Grood(),
+        Grood(outliers="mixup"),
+        Grood(outliers="mixup", lam=0.7),
+        Grood(outliers="noise"),
+        Grood(outliers="noise", n=30),
+    ):
         method.fit(WORLD)
     assert [source for source, _ in WORLD.outliers.asked] == [
         Mixup(), Mixup(lam=0.7), UniformNoise(), UniformNoise(30),
@@ -382,19 +391,22 @@ def test_grood_with_real_outliers() -> None:
 
 def test_grood_without_a_network() -> None:
     with pytest.raises(MethodUnavailableError, match=r"needs the network to make outliers.*use outliers=mean"):
-        Grood().fit(replace(WORLD, outliers=None))
+        Grood(outliers="mixup").fit(replace(WORLD, outliers=None))
+    Grood().fit(replace(WORLD, outliers=None))
 
     class Nothing:
         def features(self, source: object, without: frozenset[int] = frozenset()) -> Tensor:
             raise GroodError("there is no early layer")
 
-    with pytest.raises(MethodUnavailableError, match=r"GROOD \(lam = 0.5\): there is no early layer"):
-        Grood(lam=0.5).fit(replace(WORLD, outliers=Nothing()))
+    with pytest.raises(MethodUnavailableError, match=r"GROOD \(outliers = mixup, lam = 0.5\): there is no early layer"):
+        Grood(outliers="mixup", lam=0.5).fit(replace(WORLD, outliers=Nothing()))
 
 
 def test_grood_parameters_that_do_not_go_together() -> None:
     with pytest.raises(GroodError, match="lam is of outliers=mixup, not of outliers=noise"):
         Grood(outliers="noise", lam=0.5)
+    with pytest.raises(GroodError, match="shrink is of outliers=energy, not of outliers=mean"):
+        Grood(outliers="mean", shrink=0.5)
     with pytest.raises(GroodError, match="outliers=mean takes none"):
         method_of("grood:outliers=mean:n=100")
     with pytest.raises(GroodError, match="cannot build index 'nonsense'"):
@@ -404,9 +416,11 @@ def test_grood_parameters_that_do_not_go_together() -> None:
 def test_a_walk_over_groods_grid() -> None:
     """λ is dropped where it means nothing, so that equal choices are equal methods."""
     assert Grood().replace(outliers="noise", lam=0.5) == Grood(outliers="noise")
-    assert Grood(lam=0.6, n=10).replace(outliers="mean") == Grood(outliers="mean")
+    assert Grood(outliers="mixup", lam=0.6, n=10).replace(outliers="mean") == Grood(outliers="mean")
     assert Grood(outliers="noise", n=10).replace(lam=0.6) == Grood(outliers="noise", n=10)
-    assert Grood().replace(lam=0.6) == Grood(lam=0.6)
+    assert Grood(outliers="mixup").replace(lam=0.6) == Grood(outliers="mixup", lam=0.6)
+    assert Grood().replace(lam=0.6) == Grood()
+    assert Grood(shrink=0.7).replace(outliers="mean") == Grood(outliers="mean")
 
 
 # ODIN.
@@ -484,7 +498,7 @@ def test_the_notation() -> None:
         ("energy:temperature=0", r"temperature, above 0; got 0"),
         ("nnguide:alpha=1.5", r"alpha is a share, above 0 and at most 1; got 1.5"),
         ("nci:alpha=-1", r"alpha is a weight, at least 0; got -1"),
-        ("grood:outliers=real", r"outliers is one of mixup, noise, mean, ood; got 'real'"),
+        ("grood:outliers=real", r"outliers is one of energy, mixup, noise, mean, ood; got 'real'"),
         ("grood:lam=2", r"lam is the weight of the sample in a mix, from 0 to 1; got 2"),
         ("vra:low=95", r"low must not exceed high, got 95 and 90"),
         ("", r"expected methods, separated by commas"),
@@ -510,7 +524,9 @@ def test_any_text_is_methods_or_a_clear_error(text: str) -> None:
 
 CONFIGURED: list[Method] = [
     *(method() for method in METHODS.values()),
-    Knn(k=7), Grood(outliers="noise", n=5), Grood(lam=0.25, index="IVF4,Flat"), Vim(dim=3), Gen(gamma=2, M=3),
+    Knn(k=7), Grood(outliers="noise", n=5), Grood(shrink=0.8, k=3),
+    Grood(outliers="mixup", lam=0.25, index="IVF4,Flat"),
+    Vim(dim=3), Gen(gamma=2, M=3),
     Ash(variant="s", percentile=65), Odin(temperature=10, eps=0), Nci(alpha=0),
 ]  # fmt: skip
 
@@ -530,7 +546,8 @@ def test_labels_show_what_is_not_the_default() -> None:
     assert Knn().label == "KNN"
     assert Knn(k=200).label == "KNN (k = 200)"
     assert Grood(outliers="noise", n=100).label == "GROOD (outliers = noise, n = 100)"
-    assert Grood(lam=0.95).label == "GROOD (lam = 0.95)"
+    assert Grood(outliers="mixup", lam=0.95).label == "GROOD (outliers = mixup, lam = 0.95)"
+    assert method_of("grood:geometry=raw:k=1:shrink=none") == Grood(geometry="raw", k=1)
     assert Ash(percentile=65).label == "ASH (percentile = 65)"
 
 

@@ -53,7 +53,7 @@ def net() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def plain(net: nn.Module) -> GROOD:
-    return GROOD(net).fit(loader(*patterns(90), order=True), progress=False)
+    return GROOD.paper(net).fit(loader(*patterns(90), order=True), progress=False)
 
 
 def evaluated(net: nn.Module, loaders: dict[str, Any], postprocessor: GROODPostprocessor) -> Evaluator:

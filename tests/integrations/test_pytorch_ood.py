@@ -65,7 +65,7 @@ def fitted(net: nn.Module) -> GROODDetector:
 
 
 def test_the_score_is_the_log_score_of_grood(net: nn.Module, fitted: GROODDetector) -> None:
-    plain = GROOD(net).fit(DataLoader(known(90), batch_size=16), progress=False)
+    plain = GROOD.paper(net).fit(DataLoader(known(90), batch_size=16), progress=False)
     images = patterns(50, seed=9)[0]
     scores = fitted.predict(images)
     assert (scores.shape, scores.dtype, scores.device) == ((50,), torch.float64, images.device)

@@ -89,6 +89,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("accuracy on them", accuracies),
         ("features", f"{fit['n_features']:,}" + (f", the input of {fit['head']}" if fit["head"] else "")),
         ("OOD prototype", _outliers(fit)),
+        ("score", _score(fit)),
         ("store", _store(found["store"], fit)),
         ("search", _index(found["index"])),
         ("calibration images", _calibration(found["calibration"])),
@@ -142,6 +143,12 @@ def _outliers(fit: dict[str, Any]) -> str:
     if fit["uses_ood_data"]:
         return f"{text}, REAL OOD DATA were used ({fit['n_outliers']:,} images)"
     return f"{text}, {fit['n_outliers']:,} of them" if fit["n_outliers"] > 1 else text
+
+
+def _score(fit: dict[str, Any]) -> str:
+    features = {"raw": "features as they are", "unit": "features of unit length"}.get(fit["geometry"], fit["geometry"])
+    nearest = "nearest gradient" if fit["k"] == 1 else f"mean over the {fit['k']:,} nearest gradients"
+    return f"{nearest}, {features}, temperature {fit['temperature']:.4g}"
 
 
 def _index(index: dict[str, Any]) -> str:

@@ -70,10 +70,16 @@ DEFAULT_RATE = 0.05
 
 
 class _Outliers(StrEnum):
+    energy = "energy"
     mixup = "mixup"
     noise = "noise"
     mean = "mean"
     samples = "samples"
+
+
+class _Geometry(StrEnum):
+    raw = "raw"
+    unit = "unit"
 
 
 def fit(
@@ -122,8 +128,14 @@ def fit(
     mean: MeanOption = None,
     std: StdOption = None,
     outliers: Annotated[
-        _Outliers, typer.Option("--outliers", help="Where the OOD prototype comes from.", rich_help_panel=OUTLIERS)
-    ] = _Outliers.mixup,
+        _Outliers,
+        typer.Option(
+            "--outliers",
+            help="Where the OOD prototype comes from; each source has settings of its own (docs/research). "
+            "mixup: as in the paper.",
+            rich_help_panel=OUTLIERS,
+        ),
+    ] = _Outliers.energy,
     n: Annotated[int | None, typer.Option("--n", min=1, help="Number of outliers.", rich_help_panel=OUTLIERS)] = None,
     lam: Annotated[
         float | None,
@@ -132,6 +144,20 @@ def fit(
     ood: Annotated[
         str | None,
         typer.Option("--ood", metavar="DIR|LIST", help="samples: real OOD images.", rich_help_panel=OUTLIERS),
+    ] = None,
+    geometry: Annotated[
+        _Geometry | None,
+        typer.Option(
+            "--geometry",
+            help="Features as they are, or of unit length. Default: the source's.",
+            rich_help_panel=OUTLIERS,
+        ),
+    ] = None,
+    neighbors: Annotated[
+        int | None,
+        typer.Option(
+            "--neighbors", min=1, help="Nearest gradients in the mean. Default: the source's.", rich_help_panel=OUTLIERS
+        ),
     ] = None,
     head: Annotated[
         str | None,
@@ -215,6 +241,8 @@ def fit(
         seed=seed,
         store=store_of(store, memory),
         subset=subset_of(per_class, coreset),
+        geometry=geometry,
+        k=neighbors,
     )
     with reporting(quiet) as reporter:
         reporter.say(f"model: {loaded.spec}, on {next(iter(loaded.model.parameters())).device}")

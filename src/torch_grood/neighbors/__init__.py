@@ -13,7 +13,7 @@ from torch_grood.neighbors.base import (
 )
 from torch_grood.neighbors.exact import ExactIndex
 from torch_grood.neighbors.faiss import FaissIndex
-from torch_grood.neighbors.pairs import Neighbors, log_distance
+from torch_grood.neighbors.pairs import Neighbors, log_distance, log_mean
 from torch_grood.neighbors.store import GradientStore, StoreOptions
 from torch_grood.neighbors.subset import ClassSample, Coverage, KCenterCoreset, Subset
 
@@ -31,5 +31,6 @@ __all__ = [
     "StoreOptions",
     "Subset",
     "log_distance",
+    "log_mean",
     "make_index",
 ]

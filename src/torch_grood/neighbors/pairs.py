@@ -19,7 +19,16 @@ from torch import Tensor
 from torch_grood.gradients import PolarGradients
 from torch_grood.neighbors.store import GradientStore
 
-__all__ = ["UNDERFLOW", "Neighbors", "bound_error", "log_distance", "nearest_pairs", "pair_products", "product_error"]
+__all__ = [
+    "UNDERFLOW",
+    "Neighbors",
+    "bound_error",
+    "log_distance",
+    "log_mean",
+    "nearest_pairs",
+    "pair_products",
+    "product_error",
+]
 
 _SUM_LENGTH = 16_384
 _PAIR_BLOCK = 2048
@@ -42,6 +51,20 @@ class Neighbors(NamedTuple):
 
     log_distance: Tensor
     row: Tensor
+
+
+def log_mean(log_distance: Tensor) -> Tensor:
+    """Log of the mean of k distances whose logs are given in ascending order, (n, k) to (n,)."""
+    k = log_distance.shape[1]
+    largest = log_distance[:, -1]
+    if k == 1:
+        return largest.clone()
+    unit = largest.masked_fill(largest == -torch.inf, 0.0)
+    # Column after column: the bits of a row do not depend on how many rows there are.
+    total = torch.zeros_like(largest)
+    for column in log_distance.unbind(1):
+        total += (column - unit).exp()
+    return total.log() + (unit - math.log(k))
 
 
 def log_distance(queries: PolarGradients, stored: PolarGradients) -> Tensor:

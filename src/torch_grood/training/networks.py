@@ -13,7 +13,7 @@ from torch.nn import functional
 
 __all__ = ["ResNet18", "resnet18_32x32"]
 
-_WIDTHS = (64, 128, 256, 512)
+_WIDTH = 64
 _BLOCKS = 2
 
 
@@ -34,22 +34,23 @@ class _BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """A classifier of normalised RGB images (n, 3, 32, 32); 512 features, 11.2 million parameters.
+    """A classifier of normalised RGB images (n, 3, 32, 32); by default 512 features, 11.2 million parameters.
 
     Args:
         num_classes: outputs.
+        width: channels of the first stage; the features are eight times as many.
     """
 
-    def __init__(self, num_classes: int = 10) -> None:
+    def __init__(self, num_classes: int = 10, width: int = _WIDTH) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, _WIDTHS[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(_WIDTHS[0])
-        self.layer1 = _stage(_WIDTHS[0], _WIDTHS[0], stride=1)
-        self.layer2 = _stage(_WIDTHS[0], _WIDTHS[1], stride=2)
-        self.layer3 = _stage(_WIDTHS[1], _WIDTHS[2], stride=2)
-        self.layer4 = _stage(_WIDTHS[2], _WIDTHS[3], stride=2)
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, stride=1)
+        self.layer2 = _stage(width, 2 * width, stride=2)
+        self.layer3 = _stage(2 * width, 4 * width, stride=2)
+        self.layer4 = _stage(4 * width, 8 * width, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(_WIDTHS[3], num_classes)
+        self.fc = nn.Linear(8 * width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (n, num_classes) of images (n, 3, 32, 32)."""

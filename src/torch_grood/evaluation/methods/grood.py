@@ -15,7 +15,7 @@ from torch_grood.evaluation.methods.base import Method, MethodUnavailableError, 
 from torch_grood.evaluation.methods.parameters import Count, Number, OneOf, Text, parameter
 from torch_grood.evaluation.outputs import World
 from torch_grood.neighbors import make_index
-from torch_grood.outliers import Mixup, named_source
+from torch_grood.outliers import HighEnergy, Mixup, OutlierSource, PrototypeMean, named_source
 
 __all__ = ["Grood"]
 
@@ -25,11 +25,15 @@ class Grood(Method):
     """GROOD.
 
     Args:
-        outliers: where the OOD prototype comes from: "mixup", the paper's; "noise"; "mean", of the class prototypes;
+        outliers: where the OOD prototype comes from: "energy", the training images of highest energy, which also takes
+            the settings of `HighEnergy`; "mixup", the paper's; "noise"; "mean", of the class prototypes;
             "ood", the benchmark's validation outliers, which makes OOD data part of the method.
         n: number of outliers. None: what the source takes by itself; with "ood" all.
         lam: λ, the weight of the sample in a mix. None: `Mixup`'s.
-        index: see `GROOD`.
+        index: see `GROOD`, as are the others.
+        geometry: "raw" or "unit"; None: the source's.
+        k: None: the source's.
+        shrink: of "energy".
     """
 
     name: ClassVar[str] = "grood"
@@ -37,27 +41,37 @@ class Grood(Method):
     reference: ClassVar[str] = "ElAraby et al., TMLR 2025"
     # "ood" is not in it: chosen on validation outliers, a prototype made of them would be judged by what it knows.
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "outliers": ("mixup", "noise", "mean"),
+        "outliers": ("energy", "mixup", "noise", "mean"),
         "lam": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
     }
 
-    outliers: Literal["mixup", "noise", "mean", "ood"] = parameter("mixup", OneOf(("mixup", "noise", "mean", "ood")))
+    outliers: Literal["energy", "mixup", "noise", "mean", "ood"] = parameter(
+        "energy", OneOf(("energy", "mixup", "noise", "mean", "ood"))
+    )
     n: int | None = parameter(None, Count(optional=True))
     lam: float | None = parameter(None, Number("the weight of the sample in a mix, from 0 to 1", 0, 1, optional=True))
     index: str = parameter("exact", Text('"exact" or a faiss factory string'))
+    geometry: Literal["raw", "unit"] | None = parameter(None, OneOf(("raw", "unit"), optional=True))
+    k: int | None = parameter(None, Count(optional=True))
+    shrink: float | None = parameter(None, Number("what p_ood is multiplied by, from 0 to 1", 0, 1, optional=True))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         make_index(self.index)
         if self.lam is not None and self.outliers != "mixup":
             raise GroodError(f"grood: lam is of outliers=mixup, not of outliers={self.outliers}; leave it out")
+        if self.shrink is not None and self.outliers != "energy":
+            raise GroodError(f"grood: shrink is of outliers=energy, not of outliers={self.outliers}; leave it out")
         if self.n is not None and self.outliers == "mean":
             raise GroodError("grood: n is a number of outliers, and outliers=mean takes none; leave it out")
 
     @property
     def needs(self) -> frozenset[str]:
         """See `Method`."""
-        of_source = {"mean": frozenset[str](), "ood": frozenset({"ood"})}.get(self.outliers, frozenset({"outliers"}))
+        by_itself = frozenset[str]()
+        of_source = {"energy": by_itself, "mean": by_itself, "ood": frozenset({"ood"})}.get(
+            self.outliers, frozenset({"outliers"})
+        )
         return of_source | {"labels"}
 
     def replace(self, **parameters: Any) -> Self:
@@ -65,24 +79,34 @@ class Grood(Method):
         outliers = parameters.get("outliers", self.outliers)
         if outliers != "mixup" and (self.lam is not None or "lam" in parameters):
             parameters["lam"] = None
+        if outliers != "energy" and (self.shrink is not None or "shrink" in parameters):
+            parameters["shrink"] = None
         if outliers == "mean" and (self.n is not None or "n" in parameters):
             parameters["n"] = None
         return super().replace(**parameters)
 
     def _fit(self, world: World) -> Scorer:
         labels = self._labels(world)
-        detector = GROOD(None, index=self.index, seed=world.seed)
+        detector = GROOD(
+            None, outliers=self._source(), index=self.index, seed=world.seed, geometry=self.geometry, k=self.k
+        )
         detector.fit_features(
             world.train.features.detach().cpu(),
             labels,
-            world.train.logits.argmax(1).cpu(),
             ood_features=self._outliers(world),
+            logits=world.train.logits.detach().cpu(),
         )
         return lambda outputs: detector.log_score_features(outputs.features.detach().cpu())
 
+    def _source(self) -> OutlierSource:
+        """What the detector makes p_ood of by itself, from features and logits."""
+        if self.outliers != "energy":
+            return PrototypeMean()
+        return HighEnergy(self.n, HighEnergy.shrink if self.shrink is None else self.shrink)
+
     def _outliers(self, world: World) -> Tensor | None:
-        """(m, d); None: the mean of the class prototypes."""
-        if self.outliers == "mean":
+        """(m, d); None: the detector's own source does without."""
+        if self.outliers in ("energy", "mean"):
             return None
         if self.outliers == "ood":
             return self._real_outliers(world)

@@ -96,24 +96,32 @@ class Number(Kind):
 
 @dataclass(frozen=True)
 class OneOf(Kind):
-    """One of some words."""
+    """One of some words.
+
+    Attributes:
+        words: they.
+        optional: None is a value, too.
+    """
 
     words: tuple[str, ...]
+    optional: bool = False
 
     @property
     def meaning(self) -> str:  # type: ignore[override]
         """See `Kind`."""
         return f"one of {', '.join(self.words)}"
 
-    def checked(self, value: Any) -> str:
+    def checked(self, value: Any) -> str | None:
         """See `Kind`."""
+        if value is None and self.optional:
+            return None
         if value not in self.words:
             raise ValueError
         return str(value)
 
-    def read(self, text: str) -> str:
+    def read(self, text: str) -> str | None:
         """See `Kind`."""
-        return text
+        return None if text == "none" and self.optional else text
 
 
 @dataclass(frozen=True)
