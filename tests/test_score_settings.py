@@ -70,6 +70,7 @@ def test_the_source_brings_its_settings_and_the_paper_its_own() -> None:
     assert (paper.settings.geometry, paper.settings.temperature, paper.settings.k) == ("raw", 1.0, 1)
     mixed = GROOD(model, outliers=Mixup(), geometry="unit", temperature=0.2, k=4).settings
     assert (mixed.geometry, mixed.temperature, mixed.k) == ("unit", 0.2, 4)
+    assert GROOD(model, geometry="raw").settings.temperature == 1.0
 
 
 def test_the_same_through_a_model_and_through_features() -> None:

@@ -30,7 +30,7 @@ from torch_grood.errors import GroodError, ModelMismatchError, NotFittedError
 from torch_grood.explanation import Explanation, explain
 from torch_grood.feature_store import FeatureStore
 from torch_grood.features import Extraction, FeatureExtractor, ModelFingerprint, model_fingerprint, unwrap
-from torch_grood.geometry import checked_geometry, placed
+from torch_grood.geometry import SquareSum, checked_geometry, placed
 from torch_grood.gradients import PolarGradients
 from torch_grood.neighbors import GradientIndex, IndexQuality, StoreOptions, Subset, log_mean, make_index
 from torch_grood.neighbors.store import as_store_options
@@ -139,9 +139,9 @@ class GROOD:
             samples come.
         store: how the gradients are kept: "float32", "float16", "int8", or `StoreOptions` with a memory budget.
         subset: which of them are kept: `ClassSample(…)` or `KCenterCoreset(…)`; None: all.
-        geometry: "raw", distances between the features as they are, or "unit", of length 1; None: what the source of
-            outliers was studied with, "unit" for `HighEnergy`, else the paper's "raw".
-        temperature: T of the softmax over distances; None: 1 for "raw"; for "unit" the root mean square distance of the
+        geometry: where distances are taken: "raw", between the features as they are; "unit", divided by their length;
+            "half", by its square root. None: what the source of outliers was studied with, else the paper's "raw".
+        temperature: T of the softmax over distances; None: 1 for "raw", else the root mean square distance of the
             training features from the prototype of their class.
         k: the score is the mean distance to the k nearest stored gradients; None: 10 for `HighEnergy`, else the
             paper's 1.
@@ -278,6 +278,7 @@ class GROOD:
             keys=torch.cat(passed.keys) if passed.keys else None,
             progress=progress,
             settings=self.settings,
+            squares=passed.squares,
         )
         info = replace(
             state.info,
@@ -323,7 +324,9 @@ class GROOD:
         if classes is None:
             classes = _classes_of(labels, predictions)
         prototypes = ClassPrototypes(classes)
-        prototypes.update(placed(features, self.settings.geometry), labels)
+        in_place, squares = placed(features, self.settings.geometry), SquareSum()
+        prototypes.update(in_place, labels)
+        squares.update(in_place)
         if prototypes.counts.sum() == 0:
             raise GroodError("there is no training sample: features has no row")
         rows = prototypes.rows(labels, len(features))
@@ -365,6 +368,7 @@ class GROOD:
             subset=self.subset,
             keys=None if self.subset is None else content_keys(features, self.seed),
             settings=self.settings,
+            squares=squares,
         )
         self._adopt(replace(state, training=TrainingRecord(content_hashes(features))))
         return self
@@ -1076,7 +1080,7 @@ class _GivenFeatures(OutlierSource):
 def _settings(own: ScoreSettings, geometry: str | None, temperature: float | None, k: int | None) -> ScoreSettings:
     """The settings of a source, but for what the caller names; another geometry has a temperature of its own."""
     if geometry is not None and checked_geometry(geometry) != own.geometry:
-        own = replace(own, geometry=geometry, temperature=None)
+        own = replace(own, geometry=geometry, temperature=1.0 if geometry == "raw" else None)
     if temperature is not None:
         if not isinstance(temperature, Real) or isinstance(temperature, bool) or not 0 < temperature < math.inf:
             raise GroodError(f"temperature is what distances are divided by, greater than 0; got {temperature!r}")

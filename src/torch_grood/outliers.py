@@ -103,12 +103,12 @@ class ScoreSettings:
 
     Attributes:
         geometry: see `torch_grood.geometry`.
-        temperature: T; None: the geometry's own.
+        temperature: T; None: the root mean square distance of the training features from the prototype of their class.
         k: the score is the mean distance to so many nearest stored gradients.
     """
 
     geometry: str = "raw"
-    temperature: float | None = None
+    temperature: float | None = 1.0
     k: int = 1
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_grood._progress import Progress
 from torch_grood.errors import GroodError
 from torch_grood.features import ModelFingerprint
-from torch_grood.geometry import own_temperature, placed
+from torch_grood.geometry import SquareSum, placed
 from torch_grood.gradients import GradientField, PolarGradients
 from torch_grood.neighbors import GradientIndex, GradientSearcher, StoreOptions, Subset
 from torch_grood.neighbors.store import StoreWriter
@@ -140,16 +140,18 @@ def build_state(
     keys: Tensor | None = None,
     progress: Progress = None,
     settings: ScoreSettings = PAPER,
+    squares: SquareSum | None = None,
 ) -> FittedState:
     """From features to an index over gradients.
 
     `features` come in parts, which are let go as they are used; `labels` are rows of the prototypes, `predictions`
     positions in `classes`; a subset needs `keys`, see `Subset.sample`. The prototypes are those of the features in the
-    geometry of `settings`.
+    geometry of `settings`, as are the squares that a temperature is made of.
     """
     geometry, temperature = settings.geometry, settings.temperature
     if temperature is None:
-        temperature = own_temperature(prototypes, geometry)
+        assert squares is not None
+        temperature = squares.temperature(prototypes)
     ood_prototype = source.prototype(outlier_features, partial(placed, geometry=geometry)).cpu()
     class_prototypes = prototypes.means.cpu()
     if not bool(ood_prototype.isfinite().all()):

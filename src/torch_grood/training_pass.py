@@ -21,7 +21,7 @@ from torch_grood._progress import Progress, track
 from torch_grood.errors import GroodError
 from torch_grood.feature_store import FeatureStore
 from torch_grood.features import Extraction, FeatureExtractor
-from torch_grood.geometry import placed
+from torch_grood.geometry import SquareSum, placed
 from torch_grood.neighbors import StoreOptions, Subset
 from torch_grood.neighbors.store import Spool
 from torch_grood.outliers import (
@@ -81,6 +81,7 @@ class TrainingPass:
         self.reservoir = SampleReservoir(source.n_training_samples(self._n_all), seed)
         self.uncertain = HighestEnergy(source.n_uncertain(self._n_all))
         self._geometry = geometry
+        self.squares = SquareSum()
         self._store = store
         self._subset = subset
         self._probe: Extraction | None = None
@@ -160,7 +161,9 @@ class TrainingPass:
     def collect(self, members: Members, found: Extraction, hashes: Tensor) -> None:
         """Take features, logits and content hashes of the images that take part in the batch of `members`."""
         with self._naming(members):
-            self.prototypes.update(placed(found.features, self._geometry), members.rows)
+            features = placed(found.features, self._geometry)
+            self.prototypes.update(features, members.rows)
+            self.squares.update(features)
         self.uncertain.offer(found.features, found.logits[:, self.class_ids])
         self.n_features, self._feature_bytes = found.features.shape[1], found.features.element_size()
         self.hashes[-1][members.taking_part] = hashes

@@ -17,7 +17,16 @@ from openood_standin import BasePostprocessor, Evaluator, loader
 from torch import Tensor, nn
 
 from models import ResidualNet, left_alone, patterns, taught_cnn
-from torch_grood import GROOD, GroodError, Mixup, NotFittedError, OutlierSamples, PrototypeMean, UniformNoise
+from torch_grood import (
+    GROOD,
+    GroodError,
+    HighEnergy,
+    Mixup,
+    NotFittedError,
+    OutlierSamples,
+    PrototypeMean,
+    UniformNoise,
+)
 from torch_grood.evaluation import auroc
 from torch_grood.integrations.openood import SWEEP, GROODPostprocessor
 
@@ -180,16 +189,16 @@ class _Counting:
 def test_each_candidate_is_as_a_fit_of_its_own_in_one_pass(make: Any, loaders: dict[str, Any]) -> None:
     net = make()
     train, val_ood = _Counting(loaders["id"]["train"]), loaders["ood"]["val"]
-    sweep = {"n": [20, None], "lam": [0.1, 0.6], "outliers": ["mixup", "noise", "mean", "val_ood"]}
+    sweep = {"n": [20, None], "lam": [0.1, 0.6], "outliers": ["mixup", "noise", "mean", "val_ood", "energy"]}
     postprocessor = GROODPostprocessor(sweep=sweep, seed=3)
     postprocessor.setup(net, {"train": train}, {"val": val_ood})
     images = patterns(20, seed=9)[0]
     for n, lam, name in [(20, 0.1, "mixup"), (None, 0.6, "mixup"), (20, 0.6, "noise"), (None, 0.1, "mean"),
-                         (20, 0.1, "val_ood")]:  # fmt: skip
+                         (20, 0.1, "val_ood"), (20, 0.1, "energy"), (None, 0.6, "energy")]:  # fmt: skip
         postprocessor.set_hyperparam([n, lam, name])
         assert postprocessor.get_hyperparam() == [n, lam, name]
-        sources = {"mixup": Mixup(n, lam), "noise": UniformNoise(n or 100), "mean": PrototypeMean(),
-                   "val_ood": OutlierSamples(val_ood, n)}  # fmt: skip
+        sources = {"energy": HighEnergy(n), "mixup": Mixup(n, lam), "noise": UniformNoise(n or 100),
+                   "mean": PrototypeMean(), "val_ood": OutlierSamples(val_ood, n)}  # fmt: skip
         alone = GROOD(net, sources[name], seed=3).fit(loaders["id"]["train"], progress=False)
         torch.testing.assert_close(
             postprocessor.postprocess(net, images)[1], -alone.log_score(images), rtol=1e-9, atol=1e-9
@@ -357,7 +366,7 @@ def test_images_of_another_size(loaders: dict[str, Any], sweep: Any) -> None:
 
 def test_strange_arguments(net: nn.Module, loaders: dict[str, Any]) -> None:
     for arguments, message in (
-        ({"outliers": "mixop"}, "one of mixup, noise, mean, val_ood"),
+        ({"outliers": "mixop"}, "one of energy, mixup, noise, mean, val_ood"),
         ({"lam": -1}, "lam is the weight"),
         ({"n": 0}, "at least 1"),
         ({"sweep": {}}, "sweep names values to try"),

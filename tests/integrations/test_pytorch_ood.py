@@ -323,7 +323,7 @@ def test_strange_loaders(net: nn.Module, loader: Any, message: str) -> None:
 
 
 def test_strange_arguments(net: nn.Module, fitted: GROODDetector) -> None:
-    with pytest.raises(GroodError, match=r"one of mixup, noise, mean, val_ood.*got 'mixop'"):
+    with pytest.raises(GroodError, match=r"one of energy, mixup, noise, mean, val_ood.*got 'mixop'"):
         GROODDetector(net, "mixop")
     with pytest.raises(GroodError, match=r"there are none here; pass OutlierSamples\(loader\)"):
         GROODDetector(net, "val_ood")

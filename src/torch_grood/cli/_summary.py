@@ -146,9 +146,9 @@ def _outliers(fit: dict[str, Any]) -> str:
 
 
 def _score(fit: dict[str, Any]) -> str:
-    features = {"raw": "features as they are", "unit": "features of unit length"}.get(fit["geometry"], fit["geometry"])
+    features = {"raw": "features as they are", "half": "features / √length", "unit": "features of unit length"}
     nearest = "nearest gradient" if fit["k"] == 1 else f"mean over the {fit['k']:,} nearest gradients"
-    return f"{nearest}, {features}, temperature {fit['temperature']:.4g}"
+    return f"{nearest}, {features[fit['geometry']]}, temperature {fit['temperature']:.4g}"
 
 
 def _index(index: dict[str, Any]) -> str:

@@ -79,6 +79,7 @@ class _Outliers(StrEnum):
 
 class _Geometry(StrEnum):
     raw = "raw"
+    half = "half"
     unit = "unit"
 
 
@@ -149,7 +150,7 @@ def fit(
         _Geometry | None,
         typer.Option(
             "--geometry",
-            help="Features as they are, or of unit length. Default: the source's.",
+            help="Features as they are, of unit length, or between. Default: the source's.",
             rich_help_panel=OUTLIERS,
         ),
     ] = None,

@@ -13,7 +13,7 @@ from torch_grood.outliers import Mixup, OutlierSamples, OutlierSource, named_sou
 
 __all__ = ["LAMBDAS", "SOURCES", "finite", "make_source"]
 
-SOURCES = ("mixup", "noise", "mean", "val_ood")
+SOURCES = ("energy", "mixup", "noise", "mean", "val_ood")
 # The paper's search.
 LAMBDAS = (0.1, 0.3, 0.6, 0.8, 0.9)
 
@@ -29,7 +29,7 @@ def make_source(
     Args:
         outliers: a name in `SOURCES`, or a source.
         lam: of `Mixup`.
-        n: of `Mixup`, `UniformNoise` and `OutlierSamples`; None: their own default.
+        n: of `HighEnergy`, `Mixup`, `UniformNoise` and `OutlierSamples`; None: their own default.
         val_ood: batches of real outliers, for "val_ood".
 
     Raises:

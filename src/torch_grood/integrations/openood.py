@@ -16,7 +16,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -296,16 +297,22 @@ class _KeptPass:
         samples = self._context.samples
         n_kept = 0 if samples is None else len(samples.images)
         n_wanted = min(source.n_training_samples(len(self.features)), len(self.features))
+        uncertain = self._context.uncertain
+        n_uncertain = 0 if uncertain is None else len(uncertain)
+        if n_uncertain < min(source.n_uncertain(len(self.features)), len(self.features)):
+            return False
         return n_kept >= n_wanted and (self._context.early_prototypes is not None or not source.uses_early_layer)
 
     def outliers(self, source: OutlierSource) -> OutlierSource:
         """The source, with its outliers made already."""
         context = self._context
+        if context.uncertain is not None:
+            context = replace(context, uncertain=context.uncertain[: source.n_uncertain(len(self.features))])
         if context.samples is not None:
             # They are in an order of their own, of which a source that asks for fewer gets the first.
             n = source.n_training_samples(len(self.features))
             first = type(context.samples)(context.samples.images[:n], context.samples.runner_up[:n])
-            context = OutlierContext(**{**vars(context), "samples": first if n else None})
+            context = replace(context, samples=first if n else None)
         return _Made(source, source.features(context))
 
 
@@ -319,6 +326,9 @@ class _Neediest(OutlierSource):
     def n_training_samples(self, n_all: int | None) -> int:
         return max(source.n_training_samples(n_all) for source in self._sources)
 
+    def n_uncertain(self, n_all: int | None) -> int:
+        return max(source.n_uncertain(n_all) for source in self._sources)
+
     def features(self, context: OutlierContext) -> Tensor:
         raise NotImplementedError("it is asked for what to keep only")
 
@@ -330,6 +340,10 @@ class _Made(OutlierSource):
         self._source = source
         self._features = features
         self.uses_ood_data = source.uses_ood_data  # type: ignore[misc]
+        self.settings = source.settings  # type: ignore[misc]
+
+    def prototype(self, outliers: Tensor, place: Callable[[Tensor], Tensor]) -> Tensor:
+        return self._source.prototype(outliers, place)
 
     def __repr__(self) -> str:
         return repr(self._source)

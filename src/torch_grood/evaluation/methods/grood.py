@@ -31,7 +31,7 @@ class Grood(Method):
         n: number of outliers. None: what the source takes by itself; with "ood" all.
         lam: λ, the weight of the sample in a mix. None: `Mixup`'s.
         index: see `GROOD`, as are the others.
-        geometry: "raw" or "unit"; None: the source's.
+        geometry: "raw", "half" or "unit"; None: the source's.
         k: None: the source's.
         shrink: of "energy".
     """
@@ -51,7 +51,7 @@ class Grood(Method):
     n: int | None = parameter(None, Count(optional=True))
     lam: float | None = parameter(None, Number("the weight of the sample in a mix, from 0 to 1", 0, 1, optional=True))
     index: str = parameter("exact", Text('"exact" or a faiss factory string'))
-    geometry: Literal["raw", "unit"] | None = parameter(None, OneOf(("raw", "unit"), optional=True))
+    geometry: Literal["raw", "half", "unit"] | None = parameter(None, OneOf(("raw", "half", "unit"), optional=True))
     k: int | None = parameter(None, Count(optional=True))
     shrink: float | None = parameter(None, Number("what p_ood is multiplied by, from 0 to 1", 0, 1, optional=True))
 
