@@ -276,12 +276,12 @@ def fit_cifar10(arguments: argparse.Namespace) -> tuple[Path, Path, Path]:
 
     detector = arguments.cache / f"{stem}.grood"
     if not detector.exists():
-        GROOD(model).fit(loader("train_cifar10")).save(detector)
+        GROOD.paper(model).fit(loader("train_cifar10")).save(detector)
     found = []
     for name in ("test_cifar10", "test_cifar100"):
         found.append(arguments.cache / f"{stem}-{name}.pt")
         if not found[-1].exists():
-            features = GROOD(model).extract(loader(name)).features
+            features = GROOD.paper(model).extract(loader(name)).features
             with replacing(found[-1]) as temporary:
                 torch.save({"features": features}, temporary)
     return detector, found[0], found[1]
