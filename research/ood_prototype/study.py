@@ -3,7 +3,8 @@
     python research/ood_prototype/study.py choose --worlds WORLDS --output research/ood_prototype/results
     python research/ood_prototype/study.py test --worlds WORLDS --output research/ood_prototype/results
 
-`choose` runs every direction on the split worlds and writes choice.json. `test` opens the files of the test sets, for
+`choose` runs every direction on the split worlds and writes choice.json. `confirm` compares the geometries on the
+worlds of longer trained networks and writes confirm.json. `test` opens the files of the test sets, for
 the registered candidates alone, and writes test.json. Both append what they looked at to log.jsonl, `test` before it
 opens a file: a candidate whose look is in the log is refused.
 """
@@ -38,13 +39,14 @@ CLASSIFIERS = {
 }
 NEAR_OF_SPLIT, NEAR_OF_TEST = ("aside",), ("cifar100", "tin")
 MAY_LOSE_NEAR, LEVEL = 0.5, 0.3
+LONG = "long"
 Row = dict[str, Any]
 
 
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("choose", "test"))
+    parser.add_argument("step", choices=("choose", "confirm", "test"))
     parser.add_argument("--worlds", type=Path, required=True, help="folder of extract.py")
     parser.add_argument("--output", type=Path, required=True, help="folder for choice.json, test.json and log.jsonl")
     parser.add_argument("--again", action="store_true", help="look at the test sets once more, and say so in the log")
@@ -52,6 +54,8 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.step == "choose":
         choose(arguments.worlds, arguments.output)
+    elif arguments.step == "confirm":
+        confirm(arguments.worlds, arguments.output)
     else:
         look(arguments.worlds, arguments.output, again=arguments.again)
 
@@ -61,28 +65,8 @@ def main() -> None:
 
 def choose(folder: Path, output: Path, candidates: Sequence[Candidate] = DIRECTIONS) -> None:
     """Every direction on every split world, and the rule."""
-    paths = [folder / f"{name}.safetensors" for name in SPLITS if (folder / f"{name}.safetensors").exists()]
-    worlds = [load_world(path, n_near=N_NEAR) for path in paths]
-    names = [world.name for world in worlds]
-    found: dict[str, dict[str, tuple[Floats, Floats]]] = {}
-    for world in worlds:
-        for name, its in baselines(world, drawn(world, N_STORED), K_KNN).items():
-            found.setdefault(name, {})[world.name] = figures(world.name, its, NEAR_OF_SPLIT, REPLICATES)
-    rows = [_summary(name, "baseline", found[name]) for name in found]
-    for row in rows:
-        _log(output, "choose", row["name"], names, row)
-    for geometry in dict.fromkeys(candidate.geometry for candidate in candidates):
-        there = [mapped(world, geometry) for world in worlds]
-        for group in by_search(c for c in candidates if c.geometry == geometry):
-            results: list[dict[str, tuple[Floats, Floats]]] = [{} for _ in group]
-            for world in there:
-                for its, result in zip(score(world, group, N_STORED), results, strict=True):
-                    result[world.name] = figures(world.name, its, NEAR_OF_SPLIT, REPLICATES)
-            for candidate, result in zip(group, results, strict=True):
-                row = _summary(candidate.name, candidate.group, result) | asdict(candidate)
-                rows.append(row)
-                _log(output, "choose", candidate.name, names, row)
-                print(f"{row['near']:.1f} / {row['far']:.1f}  {row['name']}", flush=True)
+    names = [name for name in SPLITS if not name.startswith(LONG) and (folder / f"{name}.safetensors").exists()]
+    rows = compared([load_world(folder / f"{name}.safetensors", n_near=N_NEAR) for name in names], output, candidates)
     chosen, floor, level = choose_by_rule(rows)
     _log(output, "choice", chosen["name"], names, chosen)
     # The same rule on the candidates that pass no made images through the classifier.
@@ -100,6 +84,43 @@ def choose(folder: Path, output: Path, candidates: Sequence[Candidate] = DIRECTI
     }
     _write(output / "choice.json", choice)
     print(f"floor of near {floor:.2f}; chosen: {chosen['name']}; level with it: {level}")
+
+
+def confirm(folder: Path, output: Path) -> None:
+    """The geometries, all else equal, on networks that were trained for longer."""
+    names = [name for name in SPLITS if name.startswith(LONG)]
+    worlds = [load_world(folder / f"{name}.safetensors", n_near=N_NEAR) for name in names]
+    candidates = [
+        Candidate("geometry", "highest energy 2 %", 0.5, name, 1.0, 10) for name in ("raw", "half power", "unit")
+    ]
+    rows = compared(worlds, output, candidates, "confirm")
+    _write(output / "confirm.json", {"worlds": names, "candidates": rows})
+
+
+def compared(worlds: Sequence[World], output: Path, candidates: Sequence[Candidate], step: str = "choose") -> list[Row]:
+    """Figures of the baselines and of all candidates, over the worlds; each goes to the log."""
+    names = [world.name for world in worlds]
+    found: dict[str, dict[str, tuple[Floats, Floats]]] = {}
+    for world in worlds:
+        for name, its in baselines(world, drawn(world, N_STORED), K_KNN).items():
+            found.setdefault(name, {})[world.name] = figures(world.name, its, NEAR_OF_SPLIT, REPLICATES)
+    rows = [_summary(name, "baseline", found[name]) for name in found]
+    for row in rows:
+        _log(output, step, row["name"], names, row)
+        print(f"{row['near']:.1f} / {row['far']:.1f}  {row['name']}", flush=True)
+    for geometry in dict.fromkeys(candidate.geometry for candidate in candidates):
+        there = [mapped(world, geometry) for world in worlds]
+        for group in by_search(c for c in candidates if c.geometry == geometry):
+            results: list[dict[str, tuple[Floats, Floats]]] = [{} for _ in group]
+            for world in there:
+                for its, result in zip(score(world, group, N_STORED), results, strict=True):
+                    result[world.name] = figures(world.name, its, NEAR_OF_SPLIT, REPLICATES)
+            for candidate, result in zip(group, results, strict=True):
+                row = _summary(candidate.name, candidate.group, result) | asdict(candidate)
+                rows.append(row)
+                _log(output, step, candidate.name, names, row)
+                print(f"{row['near']:.1f} / {row['far']:.1f}  {row['name']}", flush=True)
+    return rows
 
 
 def choose_by_rule(rows: Sequence[Row]) -> tuple[Row, float, list[str]]:
