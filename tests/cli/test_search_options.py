@@ -22,7 +22,7 @@ def facts(path: str) -> dict[str, Any]:
 
 
 def test_fit_with_a_smaller_store(digits: Path) -> None:
-    result = run(*FIT, "--store", "int8", "--coreset", "20%", "--calibrate", "val", "--neighbors", "1")
+    result = run(*FIT, "--store", "int8", "--coreset", "20%", "--calibrate", "val", "--k", "1")
     assert result.code == 0, result.err
     assert "gradients in int8" in result.err
     found = facts("new.grood")

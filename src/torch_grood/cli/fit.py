@@ -154,10 +154,10 @@ def fit(
             rich_help_panel=OUTLIERS,
         ),
     ] = None,
-    neighbors: Annotated[
+    k: Annotated[
         int | None,
         typer.Option(
-            "--neighbors", min=1, help="Nearest gradients in the mean. Default: the source's.", rich_help_panel=OUTLIERS
+            "--k", min=1, help="Nearest gradients in the mean. Default: the source's.", rich_help_panel=OUTLIERS
         ),
     ] = None,
     head: Annotated[
@@ -243,7 +243,7 @@ def fit(
         store=store_of(store, memory),
         subset=subset_of(per_class, coreset),
         geometry=geometry,
-        k=neighbors,
+        k=k,
     )
     with reporting(quiet) as reporter:
         reporter.say(f"model: {loaded.spec}, on {next(iter(loaded.model.parameters())).device}")
