@@ -75,7 +75,9 @@ def test_the_source_brings_its_settings_and_the_paper_its_own() -> None:
 
 def test_the_same_through_a_model_and_through_features() -> None:
     generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
     images = torch.randn(300, 5, generator=generator)
     labels = model(images).argmax(1)
     labels[::7] = (labels[::7] + 1) % 3
@@ -83,10 +85,11 @@ def test_the_same_through_a_model_and_through_features() -> None:
     detector = GROOD(model).fit(batches)
     found = detector.extract(batches)
     alone = GROOD(None, outliers=HighEnergy()).fit_features(found.features, labels, logits=found.logits)
-    assert torch.equal(detector.ood_prototype_, alone.ood_prototype_)
-    assert torch.equal(detector.score(images), alone.score_features(found.features))
+    torch.testing.assert_close(detector.ood_prototype_, alone.ood_prototype_, rtol=1e-12, atol=0)
+    # T is a sum over batches, and the network's own rounding depends on them.
+    torch.testing.assert_close(detector.score(images), alone.score_features(found.features), rtol=1e-4, atol=1e-6)
     again = GROOD(model).fit(batches[::-1])
-    torch.testing.assert_close(again.score(images), detector.score(images), rtol=1e-9, atol=0)
+    torch.testing.assert_close(again.score(images), detector.score(images), rtol=1e-4, atol=1e-6)
 
 
 @settings(max_examples=20)
