@@ -1149,6 +1149,7 @@ def test_settings_that_do_not_fit_are_an_alteration(tmp_path: Path) -> None:
         {"settings": {"geometry": "unit", "temperature": None, "k": 3, "more": 1}},
         {"settings": None},
         {"fit": header["fit"] | {"k": 0}},
+        {"fit": header["fit"] | {"outlier_source": {"name": "HighEnergy", "n": [[]] * 50_000}}},
         {"fit": header["fit"] | {"k": 10**6}, "settings": {"geometry": "unit", "temperature": None, "k": 10**6}},
         {"fit": header["fit"] | {"temperature": 0.0}},
         {"fit": header["fit"] | {"geometry": "raw"}},

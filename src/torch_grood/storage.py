@@ -59,6 +59,8 @@ _LISTS_ZERO_ROWS = 3
 _KEEPS_STATES = 2
 # Rounding of the components to float32 is less, and exact search allows for more.
 _UNIT = 4e-7
+# Characters of the arguments of a source or a subset.
+_LONGEST_CONFIG = 100_000
 _DIRECTIONS = (torch.float32, torch.float16, torch.int8)
 # Of a large file, these are checked when they are used.
 _LAZY = ("direction", "training_hashes", "training_names", "training_name_ends")
@@ -325,6 +327,9 @@ def _fit_info(stored: dict[str, Any]) -> FitInfo:
         allowed = [get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else [hint])]
         if type(value) not in allowed and not (type(value) is int and float in allowed):
             raise FormatError(f"{name} of the fit is {value!r}; the file was altered")
+        # Read and shown, a long one would take many times the memory of the file.
+        if isinstance(value, dict) and len(str(value)) > _LONGEST_CONFIG:
+            raise FormatError(f"{name} of the fit is too long; the file was altered")
         if type(value) in (int, float):
             most = 1 if name.endswith("_accuracy") else math.inf if type(value) is float else 2**62
             if not 0 <= value <= most or value == math.inf:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _RATES = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2)
 _SHOWN_CLASSES = 20
+# Characters of a line; what a file says may be anything.
+_LONGEST = 2000
 UNCALIBRATED = "none: it scores, but cannot decide. Run: grood calibrate FILE HELD_OUT_IMAGES"
 
 
@@ -96,7 +98,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("threshold", UNCALIBRATED if threshold is None else _threshold(threshold)),
         ("file", f"{found['file']}, {_size(found['bytes'])}"),
     ]
-    return [(name, plain(value)) for name, value in lines]
+    return [(name, plain(value[:_LONGEST])) for name, value in lines]
 
 
 def stored_rows(metadata: dict[str, Any]) -> list[tuple[str, str]]:
