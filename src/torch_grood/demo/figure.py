@@ -84,7 +84,7 @@ def scores_figure(
             share = f"{100 * flagged[name]:.1f} %\nflagged"
             axes.annotate(share, (1.02, 0.5), xycoords="axes fraction", va="center", color=colour, weight="bold")
             if row == 0:
-                axes.text(tau, 1.09, "τ", transform=axes.get_xaxis_transform(), ha="center", fontsize=16)
+                axes.text(tau * 1.03, 0.74, "τ", transform=axes.get_xaxis_transform(), ha="left", fontsize=16)
         axes.set_xlabel("GROOD score, logarithmic: further right = less like the training data")
         figure.text(0.025, 0.945, "A network learned the digits 0–5. What does GROOD say of other images?", fontsize=15)
         figure.text(0.025, 0.89, _caption(false_alarms), fontsize=11.5)
