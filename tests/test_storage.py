@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -1070,6 +1071,12 @@ def test_golden_file_of_format_3(tmp_path: Path) -> None:
         loaded.calibrate(training, fpr=0.2, progress=False)
 
 
+def numbers_of(tensors: dict[str, Any], name: str, code: str) -> list[float]:
+    """A tensor's numbers, of struct's type `code`, from its bytes."""
+    content = tensors[name][2]
+    return list(struct.unpack(f"<{len(content) // struct.calcsize(code)}{code}", content))
+
+
 def test_the_golden_file_of_format_3_can_be_read_by_hand() -> None:
     header, tensors = read_by_hand(GOLDEN_3)
     assert header["format_version"] == 3
@@ -1078,10 +1085,7 @@ def test_the_golden_file_of_format_3_can_be_read_by_hand() -> None:
     d = state.info.n_features
     assert (tensors["direction"][0], tensors["direction"][1]) == ("F16", [state.info.n_indexed, d])
 
-    def numbers(name: str, code: str) -> list[float]:
-        content = tensors[name][2]
-        return list(struct.unpack(f"<{len(content) // struct.calcsize(code)}{code}", content))
-
+    numbers = partial(numbers_of, tensors)
     # As docs/format.md says that a feature is scored.
     prototypes, ood, feature = numbers("class_prototypes", "d"), numbers("ood_prototype", "d"), [0.5] * d
     offset = [h - p for h, p in zip(feature, ood, strict=True)]
@@ -1113,10 +1117,7 @@ def test_the_golden_file_of_format_4_can_be_read_by_hand() -> None:
     assert (fit["geometry"], fit["k"]) == ("unit", 3)
     d = fit["n_features"]
 
-    def numbers(name: str, code: str) -> list[float]:
-        content = tensors[name][2]
-        return list(struct.unpack(f"<{len(content) // struct.calcsize(code)}{code}", content))
-
+    numbers = partial(numbers_of, tensors)
     feature = [0.5, -0.25, 0.75, 0.1, 0.3, -0.6][:d]
     unit = [h / math.hypot(*feature) for h in feature]
     prototypes, ood = numbers("class_prototypes", "d"), numbers("ood_prototype", "d")

@@ -4,7 +4,7 @@ Algorithm 1: class prototypes (eq. 7), an OOD prototype (eq. 8), and the gradien
 training samples. Algorithm 2: S(x) = min over those x' of ‖∇(x) - ∇(x')‖₂; ID if S(x) ≤ τ, else OOD.
 
 `GROOD.paper(model)` is that. `GROOD(model)` by itself takes the OOD prototype, the geometry and the mean over the k
-nearest gradients that docs/research/ood-prototype.md found better, on in-distribution data alone.
+nearest gradients of docs/research/ood-prototype.md, which says how they were chosen and what they gain.
 """
 
 from __future__ import annotations

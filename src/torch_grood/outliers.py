@@ -418,6 +418,8 @@ class HighestEnergy:
         if not self._n:
             return
         energy = -logits.detach().cpu().double().logsumexp(1)
+        if len(self._energy) == self._n and not bool((energy > self._energy[-1]).any()):
+            return  # Most batches of a long stream: nothing is copied.
         candidates = features.detach().cpu()
         if self._features is not None:
             energy, candidates = torch.cat([self._energy, energy]), torch.cat([self._features, candidates])
