@@ -126,3 +126,21 @@ def test_a_missing_extra_is_named() -> None:
 def test_the_import_says_nothing() -> None:
     found = child("import warnings\nwarnings.simplefilter('error')\nimport torch_grood")
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+
+
+def test_reading_images_needs_no_torch() -> None:
+    assert "torch" in loaded_by("from torch_grood.data import image_loader")
+    loaded = loaded_by("from torch_grood.data import PRESETS, ImageTransform, decode_image, load_image, read_source")
+    assert "torch_grood" in loaded
+    assert "torch" not in loaded
+
+
+def test_a_package_has_the_names_that_it_promises_and_no_others() -> None:
+    found = child(
+        "import torch_grood, torch_grood.data as data\n"
+        "for package in (torch_grood, data):\n"
+        "    assert set(package.__all__) <= set(dir(package))\n"
+        "    for name in package.__all__:\n        getattr(package, name)\n"
+        "try:\n    data.nothing\nexcept AttributeError as error:\n    print(error)"
+    )
+    assert found.stdout.strip() == "module 'torch_grood.data' has no attribute 'nothing'"

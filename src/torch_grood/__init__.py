@@ -7,9 +7,9 @@
 The names below are imported when they are first used, so that `grood --help` need not wait for torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from torch_grood._lazy import importer
 from torch_grood.errors import (
     AlteredFileError,
     FormatError,
@@ -94,12 +94,7 @@ _MODULE_OF = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = importer(__name__, _MODULE_OF)
 
 
 def __dir__() -> list[str]:

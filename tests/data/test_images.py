@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from torch_grood.data import BadImageError, load_image
+from torch_grood.data import BadImageError, decode_image, load_image
 from torch_grood.errors import GroodError
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -164,3 +164,27 @@ def test_the_error_names_file_and_reason_and_can_be_pickled() -> None:
     assert isinstance(error, BadImageError)
     assert isinstance(error, GroodError)
     assert (error.path, error.reason, str(error)) == ("a/b.png", "the file is empty", "a/b.png: the file is empty")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_bytes_are_decoded_as_files_are(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "image.tif"
+    Image.fromarray(RAMP).convert(mode).save(path)
+    np.testing.assert_array_equal(np.asarray(decode_image(path.read_bytes(), "upload")), _pixels(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "the file is empty"), (b"GIF89a", "damaged at its beginning"), (b"/etc/hostname", "not an image")],
+)
+def test_bytes_that_are_no_image_are_refused_by_their_name(content: bytes, message: str) -> None:
+    with pytest.raises(BadImageError, match=f"upload 7: .*{message}"):
+        decode_image(content, "upload 7")
+
+
+def test_the_limit_of_pixels_holds_for_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.new("RGB", (20, 10)).save(path)
+    assert decode_image(path.read_bytes(), "a", max_pixels=200).size == (20, 10)
+    with pytest.raises(BadImageError, match="declares 20 × 10 pixels, beyond the limit of 199"):
+        decode_image(path.read_bytes(), "a", max_pixels=199)

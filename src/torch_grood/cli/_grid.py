@@ -20,6 +20,7 @@ from torch_grood._optional import require
 from torch_grood._text import plain
 from torch_grood.cli._explain import decision_word, explanation_of, power
 from torch_grood.cli._results import Results, Row
+from torch_grood.data.training_files import training_file
 from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ _INK, _FAINT, _RULE, _MISSING = "#1d1d1f", "#6a6a6f", "#dcdce0", "#ececef"
 _COLOURS = {"OOD": "#d55e00", "ID": "#0072b2", "no decision": "#6a6a6f"}
 # Of a name no more is looked at: a file name may have 255 bytes, and one from a detector's file any number.
 _LONGEST = 120
-# Of a stored path: what systems allow, and folders to look for it from.
-_LONGEST_PATH, _DEEPEST = 4096, 32
 
 
 def write_grid(file: Path, results: Results, positions: Sequence[int], root: Path | None) -> None:
@@ -85,7 +84,7 @@ def _draw(results: Results, positions: Sequence[int], root: Path | None, target:
         for column, (name, neighbor) in enumerate(zip(names[:k], why["neighbors"][:k], strict=True)):
             x, y = first + column * (_TILE + _GAP), top + _TILE + 4
             label = f"training image {neighbor['sample']}" if name is None else _last_parts(name)
-            _show(picture, _tile(_training_file(name, root), label, target), (x, top))
+            _show(picture, _tile(training_file(name, root), label, target), (x, top))
             _text(draw, (x, y), label, _TILE, size=13)
             distance = f"{power(neighbor['log_distance'])}   {neighbor['angle_degrees']:.1f}°"
             _text(draw, (x, y + _LINE - 2), distance, _TILE, size=13, faint=True)
@@ -143,25 +142,6 @@ def _fitted(image: Image) -> Image:
     tile = _new(_TILE, _TILE, "white")
     tile.paste(image, ((_TILE - image.width) // 2, (_TILE - image.height) // 2))
     return tile
-
-
-def _training_file(name: str | None, root: Path | None) -> Path | None:
-    """Where a training image is now: below `root` the longest end of its stored path that is there."""
-    if name is None or len(name) > _LONGEST_PATH:
-        return None
-    parts = Path(name).parts
-    if root is None:
-        candidates = [Path(name)]
-    elif ".." in parts:
-        candidates = []
-    else:
-        ends = range(max(0, len(parts) - _DEEPEST), len(parts))
-        candidates = [path for start in ends if (path := root.joinpath(*parts[start:])).is_relative_to(root)]
-    try:
-        return next((path for path in candidates if path.is_file()), None)
-    except (OSError, ValueError):
-        # A name that no file can have.
-        return None
 
 
 def _last_parts(name: str) -> str:

@@ -1,10 +1,18 @@
-"""Image files for a detector: which files and labels, how they are read, and the preprocessing bound to a model."""
+"""Image files for a detector: which files and labels, how they are read, and the preprocessing bound to a model.
 
-from torch_grood.data.cache import FeatureCache
-from torch_grood.data.dataset import ImageDataset, ImageLoader, image_loader
-from torch_grood.data.images import BadImageError, load_image
+What reads and prepares images needs no torch; what makes batches of them is imported when it is first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch_grood._lazy import importer
+from torch_grood.data.images import BadImageError, decode_image, load_image
 from torch_grood.data.sources import ImageSource, read_source
 from torch_grood.data.transforms import PRESETS, ImageTransform
+
+if TYPE_CHECKING:
+    from torch_grood.data.cache import FeatureCache
+    from torch_grood.data.dataset import ImageDataset, ImageLoader, image_loader
 
 __all__ = [
     "PRESETS",
@@ -14,7 +22,17 @@ __all__ = [
     "ImageLoader",
     "ImageSource",
     "ImageTransform",
+    "decode_image",
     "image_loader",
     "load_image",
     "read_source",
 ]
+
+__getattr__ = importer(
+    __name__,
+    {"FeatureCache": "cache", "ImageDataset": "dataset", "ImageLoader": "dataset", "image_loader": "dataset"},
+)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,6 +13,7 @@ decoder inside Pillow are tried (its EPS reader, for one, starts another program
 
 from __future__ import annotations
 
+import io
 import threading
 import warnings
 from pathlib import Path
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "BadImageError", "load_image"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "BadImageError", "decode_image", "load_image"]
 
 # torchvision's IMG_EXTENSIONS: the same folder gives the same samples in the same order.
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
@@ -68,14 +69,29 @@ def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     Raises:
         BadImageError: if the file is missing, empty, truncated, corrupt, too large, or no image.
     """
-    image_module = require("PIL.Image", extra="vision")
     file = Path(path)
     # Not exists(): opening a named pipe would wait for ever.
     if not file.is_file():
         raise BadImageError(path, "no such file" if not file.exists() else "not a regular file")
     try:
-        if file.stat().st_size == 0:
-            raise BadImageError(path, "the file is empty")
+        empty = file.stat().st_size == 0
+    except OSError as error:
+        raise BadImageError(path, error.strerror or type(error).__name__) from None
+    if empty:
+        raise BadImageError(path, "the file is empty")
+    return _decoded(file, path, max_pixels)
+
+
+def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image:
+    """As `load_image`, from the bytes of a file that goes by `name` in an error."""
+    if not content:
+        raise BadImageError(name, "the file is empty")
+    return _decoded(io.BytesIO(content), name, max_pixels)
+
+
+def _decoded(file: Path | io.BytesIO, path: str | os.PathLike[str], max_pixels: int) -> Image:
+    image_module = require("PIL.Image", extra="vision")
+    try:
         with _warning_filters, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = image_module.open(file, formats=_FORMATS)

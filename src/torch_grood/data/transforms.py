@@ -3,7 +3,7 @@
 A network sees (x / 255 − mean) / std of an image that was resized and cropped in one particular way, and its features
 mean something for such inputs only. `ImageTransform` is that way as plain data, so that it can travel with a detector
 in its file. On PIL images the result equals torchvision's Resize, CenterCrop, ToTensor and Normalize bit for bit;
-torchvision itself is not needed.
+torchvision itself is not needed, nor is torch, unless a tensor is asked for.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
 
 from torch_grood._optional import require
 from torch_grood.data.images import MAX_PIXELS
 from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
     from PIL.Image import Image
     from torch import Tensor
@@ -78,6 +78,8 @@ class ImageTransform:
         Raises:
             GroodError: if the image is not RGB, or so elongated that resizing would blow it up beyond `MAX_PIXELS`.
         """
+        import torch
+
         pixels = torch.from_numpy(self.pixels(image))
         return self.normalise(pixels.permute(2, 0, 1).contiguous())
 
@@ -96,6 +98,8 @@ class ImageTransform:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(x / 255 − mean) / std of pixels (..., 3, H, W) uint8, as float32 on their device."""
+        import torch
+
         mean, std = (_on(pixels.device, channels) for channels in (self.mean, self.std))
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
@@ -247,6 +251,8 @@ def _channels(name: str, value: object) -> tuple[float, float, float]:
 @lru_cache(maxsize=32)
 def _on(device: torch.device, channels: tuple[float, float, float]) -> Tensor:
     """Kept, since copying three numbers to an accelerator waits for all that it has to do before."""
+    import torch
+
     return torch.tensor(channels, device=device).reshape(3, 1, 1)
 
 
