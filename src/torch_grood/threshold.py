@@ -25,18 +25,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from numbers import Real
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from torch_grood._conformal import beta_interval, checked_rate, flagged, least_rejections, promised, rank_of
 from torch_grood.errors import GroodError
 
 __all__ = ["ConformalThreshold", "benjamini_hochberg", "least_rejections"]
-
-_NAMED = 5  # groups that an error names; the rest is counted
-_ROUNDING = 1 + 2**-50  # p = 1/1000 and fdr·k/N = 0.1·1/100 are equal, whichever way the quotients were rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,21 +81,8 @@ class ConformalThreshold:
 
     def at(self, fpr: float, *, describe: Callable[[int], str] = str) -> ConformalThreshold:
         """Another operating point from the same scores; `describe` and errors as in `fit`."""
-        fpr = _rate(fpr, "fpr is the share of ID samples that may be flagged")
-        short = {group: len(scores) for group, scores in self._parts.items() if _rank(fpr, len(scores)) < 1}
-        if short and self.groups is None:
-            raise GroodError(
-                f"a false-alarm rate of {fpr:g} cannot be promised from {self.n} calibration samples: the smallest "
-                f"possible is 1/(n + 1) = {1 / (self.n + 1):.4g}. "
-                f"Pass at least {_needed(fpr)} samples, or a larger fpr."
-            )
-        if short:
-            named = [f"{describe(group)} ({n})" for group, n in list(short.items())[:_NAMED]]
-            more = f" and {len(short) - _NAMED} more" if len(short) > _NAMED else ""
-            raise GroodError(
-                f"a false-alarm rate of {fpr:g} needs at least {_needed(fpr)} calibration samples for each class; too "
-                f"few: {', '.join(named)}{more}. Pass more of them, a larger fpr, or use one threshold for all classes."
-            )
+        sizes = {group: len(scores) for group, scores in self._parts.items()}
+        fpr = promised(fpr, sizes, grouped=self.groups is not None, describe=describe)
         return replace(self, fpr=fpr)
 
     @property
@@ -170,9 +153,9 @@ class ConformalThreshold:
 
     def bands(self, confidence: float = 0.95) -> Tensor:
         """`band` of each of `group_ids`, each with this confidence by itself, float64 (G, 2)."""
-        confidence = _rate(confidence, "confidence is the share of calibrations whose band holds the true rate")
+        confidence = checked_rate(confidence, "confidence is the share of calibrations whose band holds the true rate")
         sizes = [len(scores) for scores in self._parts.values()]
-        found = {n: _beta_interval(_rank(self.fpr, n), n, confidence) for n in set(sizes)}
+        found = {n: beta_interval(rank_of(self.fpr, n), n, confidence) for n in set(sizes)}
         return torch.tensor([found[n] for n in sizes], dtype=torch.float64)
 
     @cached_property
@@ -197,7 +180,7 @@ class ConformalThreshold:
                 yield groups == group, self._parts[group]
 
     def _log_tau(self, held_out: Tensor) -> Tensor:
-        return held_out[len(held_out) - _rank(self.fpr, len(held_out))]
+        return held_out[len(held_out) - rank_of(self.fpr, len(held_out))]
 
     def _need_one_group(self, instead: str) -> None:
         if self.groups is not None:
@@ -221,85 +204,10 @@ def benjamini_hochberg(p_values: Tensor, fdr: float) -> Tensor:
     Raises:
         GroodError: for NaN, p-values outside [0, 1], another shape, or an fdr that is not in (0, 1).
     """
-    fdr = _rate(fdr, "fdr is the share of the flagged samples that may be ID")
     p = p_values.detach().double().cpu()
     if p.dim() != 1:
         raise GroodError(f"p-values must have the shape (n,), got {tuple(p.shape)}")
-    if not bool(((p >= 0) & (p <= 1)).all()):
-        raise GroodError("p-values must be between 0 and 1, and not NaN; pass those of predict, not scores")
-    ordered, counts = p.sort().values, torch.arange(1, len(p) + 1, dtype=torch.float64)
-    passed = ordered[ordered <= counts * (fdr * _ROUNDING / max(len(p), 1))]
-    return p <= passed[-1] if len(passed) else torch.zeros(len(p), dtype=torch.bool)
-
-
-def least_rejections(n_calibration: int, n_tested: int, fdr: float) -> int:
-    """The fewest samples that `benjamini_hochberg` can flag if it flags any.
-
-    k samples are flagged if p_(k) ≤ fdr·k/N, and no p-value is below 1/(n + 1). More than `n_tested`: nothing can be
-    flagged, whatever the scores; a larger calibration set mends it.
-
-    Raises:
-        GroodError: for no calibration sample, a negative `n_tested`, or an fdr that is not in (0, 1).
-    """
-    fdr = _rate(fdr, "fdr is the share of the flagged samples that may be ID")
-    if n_calibration < 1 or n_tested < 0:
-        raise GroodError(f"expected n_calibration ≥ 1 and n_tested ≥ 0, got {n_calibration} and {n_tested}")
-    if n_tested == 0:
-        return 0
-    smallest, slope = 1 / (n_calibration + 1), fdr * _ROUNDING / n_tested
-    guess = math.ceil(smallest / slope)
-    return next(k for k in (guess - 1, guess, guess + 1) if smallest <= slope * k)
-
-
-def _rank(fpr: float, n: int) -> int:
-    """m: how many of the p-values 1/(n + 1), 2/(n + 1), … are at most fpr, as floating-point numbers."""
-    rank = math.floor(fpr * (n + 1))
-    # The product may round to either side of a whole number.
-    return next(m for m in (rank + 1, rank, rank - 1) if m / (n + 1) <= fpr)
-
-
-def _needed(fpr: float) -> int:
-    """The least n with 1/(n + 1) ≤ fpr; where that is beyond any data set, such a number."""
-    fpr = max(fpr, 1e-15)
-    guess = max(math.floor(1 / fpr) - 2, 1)
-    return next(n for n in range(guess, guess + 5) if 1 / (n + 1) <= fpr)
-
-
-def _beta_interval(rank: int, n: int, confidence: float) -> tuple[float, float]:
-    """The quantiles (1 ∓ confidence)/2 of Beta(m, n + 1 - m), by bisection.
-
-    V of this law has P(V ≤ v) = P(K ≥ m) with K binomial (n, v). Near m, the probability of m + j is proportional to
-    exp(c_j + j·logit v); the odds of K ≥ m are a quotient of two sums of such terms, and rise with v wherever the sums
-    are cut. They are cut 40 standard deviations from m. Within 1e-12 of the true quantile for n up to a million.
-    """
-    reach = 20 * math.isqrt(n) + 40  # the deviation of K is at most √n / 2
-    low, high = max(rank - reach, 0), min(rank + reach, n)
-    centre = math.log(rank / (n + 1 - rank))  # about logit v, which keeps c_j small where it matters
-    below = np.arange(low, high, dtype=np.float64)
-    c = np.concatenate([[0.0], np.cumsum(np.log((n - below) / (below + 1)) + centre)])
-    c -= c[rank - low]
-    j = np.arange(low - rank, high - rank + 1, dtype=np.float64)
-
-    def quantile(odds: float) -> float:
-        left, right = 0.0, 1.0
-        for _ in range(52):
-            v = (left + right) / 2
-            exponent = c + j * (math.log(v) - math.log1p(-v) - centre)
-            terms = np.exp(exponent - exponent.max())
-            if terms[rank - low :].sum() < odds * terms[: rank - low].sum():
-                left = v
-            else:
-                right = v
-        return (left + right) / 2
-
-    odds = (1 - confidence) / (1 + confidence)
-    return quantile(odds), quantile(1 / odds)
-
-
-def _rate(value: float, meaning: str) -> float:
-    if not (isinstance(value, Real) and 0 < value < 1):
-        raise GroodError(f"{meaning}, between 0 and 1; got {value!r}")
-    return float(value)
+    return torch.from_numpy(flagged(p.numpy(), fdr))
 
 
 def _as_scores(log_scores: Tensor) -> Tensor:
