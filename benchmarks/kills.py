@@ -37,9 +37,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-import torch_grood.cli._summary
 import torch_grood.data
 import torch_grood.models
+import torch_grood.summary
 from torch_grood import GROOD
 from torch_grood.cli._app import app
 from torch_grood.data import FeatureCache, ImageLoader

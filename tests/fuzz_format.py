@@ -120,7 +120,7 @@ def use(path: Path, mutant: Mutant) -> str:
 
 def _show(detector: GROOD, path: Path) -> None:
     """As `grood info` does, in both formats."""
-    from torch_grood.cli._summary import facts, operating_points, rows, stored_rows
+    from torch_grood.summary import facts, operating_points, rows, stored_rows
 
     found = facts(detector, path)
     json.dumps(found, indent=2).encode()

@@ -777,6 +777,11 @@ class GROOD:
             raise GroodError(f"there is no image to {description}; check the path and the loader")
 
     @property
+    def state_(self) -> FittedState:
+        """All that `fit` learned, at this moment: for whoever carries a detector elsewhere."""
+        return self._need_state()
+
+    @property
     def threshold_(self) -> ConformalThreshold | None:
         """See `ConformalThreshold`; None before `calibrate`."""
         return self._learned.threshold

@@ -210,7 +210,8 @@ class FeatureExtractor:
             )
         # A head that is called several times is read at its last call, whose output became the logits.
         logits = head_outputs[-1] if self._head_is_logits else output
-        return Extraction(_pooled(features[-1], len(inputs), head), logits)
+        # Not len(), which would make a constant of it where the model is traced.
+        return Extraction(_pooled(features[-1], inputs.shape[0], head), logits)
 
     def _forward(self, inputs: Tensor) -> Any:
         try:
@@ -466,7 +467,7 @@ def _pooled(feature: Tensor, n: int, head: nn.Module) -> Tensor:
     For a linear head that is followed by an average, this is the feature whose logits are the model's. A linear layer
     has the features on the last axis, a convolution on the second, and so have maps in general.
     """
-    if len(feature) != n or feature.ndim < 2:
+    if feature.ndim < 2 or feature.shape[0] != n:
         raise GroodError(
             f"the head's input has shape {tuple(feature.shape)} for a batch of {n}; expected one feature a sample. "
             "Pass head='…', the module that classifies each sample"

@@ -23,8 +23,8 @@ from PIL import Image
 
 from torch_grood import GROOD, GroodError
 from torch_grood.cli import _grid
+from torch_grood.cli._assessing import _Top
 from torch_grood.cli._explain import FLAT_COLUMNS, power, print_blocks
-from torch_grood.cli._results import _Top
 from torch_grood.models import load_model
 
 MODEL = ("--model", "nets.py:net")
@@ -142,7 +142,18 @@ def test_a_score_of_zero_is_json() -> None:
     detector = GROOD(None).fit_features(features, ["a", "b", "a"])
     one, label = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
     explanation = detector.explain_features(features[:1])
-    results = Results(detector, ["x.png"], one, None, None, label, label, label, explanation)
+    results = Results(
+        classes=["a", "b"],
+        paths=["x.png"],
+        score=one.numpy(),
+        p_value=None,
+        is_ood=None,
+        label=label.numpy(),
+        prototype_label=label.numpy(),
+        detector=detector,
+        explained=[0],
+        explanation=explanation,
+    )
     why = json.loads(json.dumps(explanation_of(results, 0), allow_nan=False))
     assert (why["log_score"], why["direction_share"]) == (None, 0)
     first, second, third = why["neighbors"]
@@ -290,8 +301,8 @@ def test_a_block_for_each_image(digits: Path) -> None:
 
 
 def _results(digits: Path, path: str = "ood", most: int | None = 20) -> Any:
+    from torch_grood.cli._assessing import explain_most
     from torch_grood.cli._decision import Decision
-    from torch_grood.cli._results import explain_most
     from torch_grood.data import ImageTransform, image_loader, read_source
 
     detector = GROOD.load("net.grood", load_model("nets.py:net", "net.safetensors").model)

@@ -15,7 +15,7 @@ from torch_grood.errors import GroodError
 __all__ = ["app"]
 
 # In the order of the help; module and function have the command's name.
-COMMANDS = ("demo", "train", "fit", "calibrate", "score", "add", "remove", "info", "data", "benchmark")
+COMMANDS = ("demo", "train", "fit", "calibrate", "score", "add", "remove", "info", "export", "data", "benchmark")
 
 
 class _Group(TyperGroup):
@@ -36,6 +36,12 @@ class _Group(TyperGroup):
             if isinstance(error, BrokenPipeError) or os.environ.get("GROOD_DEBUG", "") not in ("", "0"):
                 raise
             typer.echo(f"error: {plain(str(error))}", err=True)
+            raise typer.Exit(1) from None
+        except ModuleNotFoundError as error:
+            # A machine that only runs exported detectors has none.
+            if error.name != "torch":
+                raise
+            typer.echo("error: this needs PyTorch, which is not installed; only .onnx files do without it", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)

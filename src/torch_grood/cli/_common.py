@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from torch_grood._files import target_of
-from torch_grood._text import plain
+from torch_grood._text import plain, shorten
 from torch_grood.errors import GroodError, ModelMismatchError
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from torch_grood import GROOD
     from torch_grood.data import ImageLoader, ImageSource, ImageTransform
+    from torch_grood.data.pixels import PixelLoader
 
-_SHOWN = 5
 _MAX_CLASSES = 1_000_000
 
 
@@ -115,11 +115,6 @@ DropTrainingOption = Annotated[
     typer.Option("--drop-training", help="Leave out held-out images that are training images, instead of refusing."),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
-
-
-def shorten(items: Sequence[object], separator: str = ", ") -> str:
-    """The first few items."""
-    return separator.join(map(str, items[:_SHOWN])) + (f"{separator}…" if len(items) > _SHOWN else "")
 
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]] | Literal[False]
@@ -213,11 +208,11 @@ def report_ignored(source: ImageSource, reporter: Reporter) -> None:
         reporter.warn(f"{source.origin}: {source.ignored} files without an image's ending are left out")
 
 
-def report_bad(loader: ImageLoader, reporter: Reporter) -> None:
+def report_bad(loader: ImageLoader | PixelLoader, reporter: Reporter) -> None:
     """Say which files were left out."""
     if loader.bad:
         shown = shorten([f"{path} ({reason})" for path, reason in loader.bad], "; ")
-        reporter.warn(f"left out {len(loader.bad)} unreadable of {len(loader.dataset)} images: {shown}")
+        reporter.warn(f"left out {len(loader.bad)} unreadable of {len(loader.source)} images: {shown}")
 
 
 def run_over(method: Callable[..., Any], loader: ImageLoader, reporter: Reporter, **options: Any) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from torch_grood import GROOD, NotFittedError
-from torch_grood.errors import GroodError
-from torch_grood.threshold import least_rejections
+from torch_grood._conformal import least_rejections
+from torch_grood.errors import GroodError, NotFittedError
 
 if TYPE_CHECKING:
+    from torch_grood import GROOD
     from torch_grood.cli._common import Reporter
     from torch_grood.cli._results import Results
 
-__all__ = ["Decision", "check_decision", "report_decision"]
+__all__ = ["Decision", "check_decision", "need_calibration", "report_decision"]
 
 
 @dataclass(frozen=True)
@@ -39,31 +37,40 @@ def check_decision(detector: GROOD, decision: Decision) -> None:
         GroodError: for a number out of range, or one that the calibration cannot promise.
         NotFittedError: without a calibration that it needs.
     """
-    if detector.threshold_ is None and decision.tau is None:
-        if decision != Decision():
-            raise NotFittedError(
-                f"this detector is not calibrated, which {'--fpr' if decision.fdr is None else '--fdr'} needs; run "
-                "grood calibrate, or give a threshold of your own: --tau"
-            )
-        return
-    detector.predict_features(torch.empty(0, detector.fit_info_.n_features), **asdict(decision))
+    need_calibration(decision, detector.threshold_ is not None)
+    if detector.threshold_ is not None or decision.tau is not None:
+        import torch
+
+        detector.predict_features(torch.empty(0, detector.fit_info_.n_features), **asdict(decision))
+
+
+def need_calibration(decision: Decision, is_calibrated: bool) -> None:
+    """Fail if a decision is wanted that rests on a calibration, and there is none.
+
+    Raises:
+        NotFittedError: then.
+    """
+    if not is_calibrated and (decision.fpr is not None or decision.fdr is not None):
+        raise NotFittedError(
+            f"this detector is not calibrated, which {'--fpr' if decision.fdr is None else '--fdr'} needs; run "
+            "grood calibrate, or give a threshold of your own: --tau"
+        )
 
 
 def report_decision(results: Results, decision: Decision, reporter: Reporter) -> None:
     """What the numbers do not say by themselves."""
-    threshold = results.detector.threshold_
     if results.is_ood is None:
         reporter.warn(
             "this detector is not calibrated: there are scores and classes, but no p-values and decisions; run grood "
             "calibrate, or give a threshold of your own: --tau"
         )
-    if decision.fdr is None or results.is_ood is None or threshold is None:
+    held_out = results.n_held_out
+    if decision.fdr is None or results.is_ood is None or held_out is None:
         return
     n, flagged = len(results), int(results.is_ood.sum())
     reporter.say(f"{flagged:,} of {n:,} images are flagged at a false discovery rate of {decision.fdr:g}")
     if flagged:
         return
-    held_out = threshold.n if threshold.groups is None else int(threshold.groups.bincount().max())
     needed, least = least_rejections(held_out, n, decision.fdr), 1 / (held_out + 1)
     assert results.p_value is not None
     most_extreme = float(results.p_value.min())

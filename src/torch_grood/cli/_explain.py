@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from torch_grood._text import plain
-from torch_grood.cli._results import Results, Row, encodable
+from torch_grood._text import encodable, plain
+from torch_grood.cli._results import Results, Row
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +38,7 @@ def explanation_of(results: Results, position: int) -> Row:
     samples = found.neighbor.tolist()
     neighbors = zip(
         samples,
-        results.detector.sample_names(samples),
+        results.sample_names(samples),
         found.neighbor_log_distance.tolist(),
         found.neighbor_log_magnitude.tolist(),
         found.neighbor_angle.tolist(),
@@ -50,7 +50,7 @@ def explanation_of(results: Results, position: int) -> Row:
         "direction_share": found.direction_share.item(),
         "ood_distance": found.ood_distance.item(),
         "prototypes": [
-            {"label": results.names[c], "distance": distance}
+            {"label": results.classes[c], "distance": distance}
             for c, distance in zip(found.prototype.tolist(), found.prototype_distance.tolist(), strict=True)
         ],
         "neighbors": [

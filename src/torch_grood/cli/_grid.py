@@ -80,7 +80,7 @@ def _draw(results: Results, positions: Sequence[int], root: Path | None, target:
         row, why = results.row(position), explanation_of(results, position)
         _card(picture, (2 * _GAP + _TILE, top), row, why)
         # The names as they are, not as they are shown.
-        names = results.detector.sample_names(results.explanation_at(position).neighbor)
+        names = results.sample_names(results.explanation_at(position).neighbor)
         for column, (name, neighbor) in enumerate(zip(names[:k], why["neighbors"][:k], strict=True)):
             x, y = first + column * (_TILE + _GAP), top + _TILE + 4
             label = f"training image {neighbor['sample']}" if name is None else _last_parts(name)

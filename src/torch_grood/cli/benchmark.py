@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from torch_grood._text import shorten
 from torch_grood.cli._common import (
     MODEL,
     READING,
@@ -20,7 +21,6 @@ from torch_grood.cli._common import (
     SkipBadOption,
     WorkersOption,
     reporting,
-    shorten,
     to_device,
 )
 from torch_grood.cli._transform import (

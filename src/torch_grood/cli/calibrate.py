@@ -69,8 +69,8 @@ def calibrate(
     """
     target = output or detector
     check_output(target)
-    from torch_grood.cli._summary import facts, operating_points, rows
     from torch_grood.data import image_loader
+    from torch_grood.summary import facts, operating_points, rows
 
     source = held_out_source(images, root)
     kept = cache_of(cache, *images)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from torch_grood._text import shorten
 from torch_grood.cli._cache import CacheOption, cache_of
 from torch_grood.cli._common import (
     MODEL,
@@ -32,7 +33,6 @@ from torch_grood.cli._common import (
     report_ignored,
     reporting,
     run_over,
-    shorten,
     source_of,
     to_device,
 )
@@ -209,9 +209,9 @@ def fit(
         )
     check_output(output, used_weights, train, calibrate, ood, model.rpartition(":")[0])
     from torch_grood import GROOD
-    from torch_grood.cli._summary import facts, rows
     from torch_grood.data import image_loader
     from torch_grood.models import load_model
+    from torch_grood.summary import facts, rows
 
     if calibrate is not None and not 0 < fpr < 1:
         raise GroodError(f"--fpr is the share of false alarms, between 0 and 1; got {fpr}")

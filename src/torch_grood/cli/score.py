@@ -6,7 +6,7 @@ import io
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -31,13 +31,17 @@ from torch_grood.cli._common import (
     reporting,
     source_of,
 )
+from torch_grood.cli._runtime import is_onnx, refuse_model_options
 from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from torch_grood import GROOD
+    from torch_grood.cli._common import Reporter
+    from torch_grood.cli._decision import Decision
     from torch_grood.cli._results import Results, Row
-    from torch_grood.data import ImageSource
+    from torch_grood.data import ImageSource, ImageTransform
 
 __all__ = ["score"]
 
@@ -57,7 +61,7 @@ class _Format(StrEnum):
 
 
 def score(
-    detector: Annotated[Path, typer.Argument(metavar="DETECTOR", help="A .grood file.")],
+    detector: Annotated[Path, typer.Argument(metavar="DETECTOR", help="A .grood file, or an .onnx of grood export.")],
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGES", help="Folders (of any depth), image lists or image files.")
     ],
@@ -155,6 +159,7 @@ def score(
         grood score flowers.grood inbox/ --fdr 0.1
         grood score flowers.grood inbox/ --explain --grid why.png
         grood score flowers.grood inbox/ --format json --model nets.py:resnet20 --weights r20.pt
+        grood score flowers.onnx inbox/
     """
     chosen = _format(format, output)
     explaining = explain or grid is not None
@@ -165,29 +170,25 @@ def score(
     if output is not None and grid is not None and output.resolve() == grid.resolve():
         raise GroodError(f"--output and --grid both name {grid}; give two names")
     from torch_grood.cli import _formats
-    from torch_grood.cli._decision import Decision, check_decision, report_decision
-    from torch_grood.cli._results import assess_all, explain_most
-    from torch_grood.data import image_loader
+    from torch_grood.cli._decision import Decision, report_decision
 
     decision = Decision(fpr, tau, fdr)
+    if is_onnx(detector):
+        refuse_model_options(detector, model, weights, num_classes, transform, device)
+        if explaining:
+            raise GroodError(
+                f"{detector} has no training images to explain with; give --explain and --grid a .grood file"
+            )
     source = source_of(images, root, "none")
     _check_not_an_image(grid, source)
     with reporting(quiet) as reporter:
-        loaded, prepared = open_detector(detector, model, weights, num_classes, transform, device, reporter)
-        check_decision(loaded, decision)
-        report_ignored(source, reporter)
-        loader = image_loader(
-            source, prepared, batch_size=batch_size, workers=workers, on_bad="skip" if skip_bad else "raise"
-        )
-        progress = reporter.progress("scoring")
-        try:
-            if explaining:
-                most = _most(explain, chosen, grid, show_all)
-                results = explain_most(loaded, loader, decision, progress, neighbors or 5, most)
-            else:
-                results = assess_all(loaded, loader, decision, progress)
-        finally:
-            report_bad(loader, reporter)
+        how = _How(decision, batch_size, workers, "skip" if skip_bad else "raise", reporter)
+        if is_onnx(detector):
+            results = _by_onnx(detector, source, how)
+        else:
+            opened = open_detector(detector, model, weights, num_classes, transform, device, reporter)
+            most = _most(explain, chosen, grid, show_all) if explaining else 0
+            results = _by_detector(*opened, source, how, (neighbors or 5, most) if explaining else None)
         report_decision(results, decision, reporter)
     if grid is not None:
         from torch_grood.cli import _grid
@@ -201,6 +202,50 @@ def score(
         _print(results, explain, None if show_all else SHOWN)
     else:
         sys.stdout.writelines(_formats.lines(results, chosen, explain))
+
+
+class _How(NamedTuple):
+    """In which way a source is read and decided about."""
+
+    decision: Decision
+    batch_size: int
+    workers: int | None
+    on_bad: Literal["raise", "skip"]
+    reporter: Reporter
+
+
+def _by_detector(
+    detector: GROOD, transform: ImageTransform, source: ImageSource, how: _How, explain: tuple[int, int | None] | None
+) -> Results:
+    """In PyTorch; `explain` is how many neighbours of how many images are wanted."""
+    from torch_grood.cli._assessing import assess_all, explain_most
+    from torch_grood.cli._decision import check_decision
+    from torch_grood.data import image_loader
+
+    check_decision(detector, how.decision)
+    report_ignored(source, how.reporter)
+    loader = image_loader(source, transform, batch_size=how.batch_size, workers=how.workers, on_bad=how.on_bad)
+    progress = how.reporter.progress("scoring")
+    try:
+        if explain is None:
+            return assess_all(detector, loader, how.decision, progress)
+        return explain_most(detector, loader, how.decision, progress, *explain)
+    finally:
+        report_bad(loader, how.reporter)
+
+
+def _by_onnx(file: Path, source: ImageSource, how: _How) -> Results:
+    """In ONNX Runtime, without torch."""
+    from torch_grood.cli._exported import decide_all, opened
+    from torch_grood.data.pixels import PixelLoader
+
+    runtime = opened(file, how.decision)
+    report_ignored(source, how.reporter)
+    loader = PixelLoader(source, runtime.transform, batch_size=how.batch_size, threads=how.workers, on_bad=how.on_bad)
+    try:
+        return decide_all(runtime, loader, how.decision, how.reporter.progress("scoring"))
+    finally:
+        report_bad(loader, how.reporter)
 
 
 def _check_explaining(explaining: bool, neighbors: int | None, grid: Path | None, training_root: Path | None) -> None:

@@ -6,7 +6,6 @@ so it can be counted in the main process, and the message stays one line instead
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from torch_grood.data.images import BadImageError, load_image
+from torch_grood.data.pixels import mixed_sizes, usable_cpus
 from torch_grood.data.sources import ImageSource
 from torch_grood.data.transforms import ImageTransform
 from torch_grood.errors import GroodError
@@ -97,13 +97,9 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
 
     def _size_error(self, first: int, one: Tensor, second: int, other: Tensor) -> str:
         named = [
-            f"{self.source.paths[position]} is {image.shape[2]} × {image.shape[1]}"
-            for position, image in ((first, one), (second, other))
+            (self.source.paths[position], tuple(image.shape[1:])) for position, image in ((first, one), (second, other))
         ]
-        return (
-            f"images of one batch must have one size, but {named[0]} and {named[1]} (width × height); "
-            "give the transform a crop, or a resize to (height, width)"
-        )
+        return mixed_sizes(*named)
 
 
 class ImageLoader:
@@ -132,6 +128,11 @@ class ImageLoader:
     def __iter__(self) -> Iterator[Batch]:
         self.restart()
         yield from self.read(0, len(self))
+
+    @property
+    def source(self) -> ImageSource:
+        """The files."""
+        return self.dataset.source
 
     def names(self) -> list[str]:
         """Paths of the images that the current or last pass delivered, in order."""
@@ -263,10 +264,4 @@ def image_loader(
 
 def default_workers(n_images: int) -> int:
     """One process a CPU, at most 8; none where starting them takes longer than the reading."""
-    return 0 if n_images < SMALL_SOURCE else min(_usable_cpus(), 8)
-
-
-def _usable_cpus() -> int:
-    # A container's share, where the platform tells; os.cpu_count() counts the whole machine.
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return 0 if n_images < SMALL_SOURCE else min(usable_cpus(), 8)

@@ -6,8 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch_grood._text import plain
-from torch_grood.cli._common import shorten
+from torch_grood._text import plain, shorten
 
 if TYPE_CHECKING:
     from torch_grood import GROOD, ConformalThreshold
@@ -16,17 +15,18 @@ _RATES = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2)
 _SHOWN_CLASSES = 20
 # Characters of a line; what a file says may be anything.
 _LONGEST = 2000
+__all__ = ["UNCALIBRATED", "facts", "operating_points", "rows", "stored_rows", "threshold_facts"]
+
 UNCALIBRATED = "none: it scores, but cannot decide. Run: grood calibrate FILE HELD_OUT_IMAGES"
 
 
-def facts(detector: GROOD, path: Path) -> dict[str, Any]:
-    """JSON-able."""
+def facts(detector: GROOD, path: Path | None = None) -> dict[str, Any]:
+    """JSON-able; of the file, too, if it has one."""
     from dataclasses import asdict
 
     quality, training, calibration = detector.index_quality_, detector.training_, detector.calibration_
-    return {
-        "file": str(path),
-        "bytes": path.stat().st_size,
+    file = {} if path is None else {"file": str(path), "bytes": path.stat().st_size}
+    return file | {
         "classes": list(detector.classes_),
         "prototypes": [detector.classes_[i] for i in detector.class_ids_.tolist()],
         "fit": asdict(detector.fit_info_),
@@ -37,17 +37,22 @@ def facts(detector: GROOD, path: Path) -> dict[str, Any]:
         if training is None
         else {"n": len(training.hashes), "digest": training.digest(), "has_names": training.names is not None},
         "calibration": None if calibration is None else asdict(calibration),
-        "threshold": None if detector.threshold_ is None else _threshold_facts(detector, detector.threshold_),
+        "threshold": None if detector.threshold_ is None else threshold_facts(detector, detector.threshold_),
         "metadata": detector.metadata,
     }
 
 
-def _threshold_facts(detector: GROOD, threshold: ConformalThreshold) -> dict[str, Any]:
+def threshold_facts(detector: GROOD, threshold: ConformalThreshold) -> dict[str, Any]:
+    """What a threshold promises, and what else the same calibration could; JSON-able."""
     from torch_grood.errors import GroodError
 
     def points(one: ConformalThreshold) -> list[dict[str, Any]]:
         taus = zip(one.log_taus.tolist(), one.bands().tolist(), strict=True)
-        return [{"log_tau": log_tau, "tau": math.exp(log_tau), "band": band} for log_tau, band in taus]
+        # JSON has no -∞.
+        return [
+            {"log_tau": log_tau if math.isfinite(log_tau) else None, "tau": math.exp(log_tau), "band": band}
+            for log_tau, band in taus
+        ]
 
     if threshold.groups is not None:
         names = [detector.classes_[group] for group in threshold.group_ids.tolist()]
