@@ -15,7 +15,10 @@ from torch_grood.errors import GroodError
 __all__ = ["app"]
 
 # In the order of the help; module and function have the command's name.
-COMMANDS = ("demo", "train", "fit", "calibrate", "score", "add", "remove", "info", "export", "data", "benchmark")
+COMMANDS = (
+    *("demo", "train", "fit", "calibrate", "score", "watch"),
+    *("add", "remove", "info", "export", "data", "benchmark"),
+)
 
 
 class _Group(TyperGroup):

@@ -18,7 +18,7 @@ from torch_grood.errors import GroodError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["PixelLoader", "mixed_sizes", "usable_cpus"]
+__all__ = ["PixelLoader", "default_threads", "mixed_sizes", "usable_cpus"]
 
 # Images that are read ahead, in batches.
 _AHEAD = 2
@@ -57,7 +57,7 @@ class PixelLoader:
         self.source = source
         self.bad: list[tuple[str, str]] = []
         self._transform, self._batch_size, self._on_bad = transform, batch_size, on_bad
-        self._threads = min(usable_cpus(), _MOST_THREADS) if threads is None else max(1, threads)
+        self._threads = default_threads() if threads is None else max(1, threads)
         self._kept: list[str] = []
 
     def __len__(self) -> int:
@@ -117,6 +117,11 @@ def mixed_sizes(*images: tuple[str, tuple[int, ...]]) -> str:
         f"images of one batch must have one size, but {' and '.join(named)} (width × height); "
         "give the transform a crop, or a resize to (height, width)"
     )
+
+
+def default_threads() -> int:
+    """That read images: one a CPU, up to what a disk and a decision keep busy."""
+    return min(usable_cpus(), _MOST_THREADS)
 
 
 def usable_cpus() -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from torch_grood._files import sha256_of
+from torch_grood._interrupts import interrupts
 from torch_grood._progress import Progress
 from torch_grood.data.transforms import PRESETS, ImageTransform
 from torch_grood.errors import GroodError
@@ -17,7 +18,6 @@ from torch_grood.models import new_model
 from torch_grood.training.computation import Computation
 from torch_grood.training.folder import EpochFigures, RunFolder
 from torch_grood.training.images import find_images
-from torch_grood.training.interrupts import interrupts
 from torch_grood.training.learner import Learner
 from torch_grood.training.loop import Loop
 from torch_grood.training.recipe import Recipe
