@@ -31,8 +31,10 @@ __all__ = [
     "polar_ood_gradient",
 ]
 
-# A matrix product of another shape may take another code path and round differently; one shape has one path.
+# A matrix product of another shape may take another code path and round differently; one shape has one path. So may a
+# row that begins at another place within a vector register's width: all rows begin at multiples of 64 bytes.
 BLOCK_ROWS = 128
+_ALIGNED = 8
 
 
 class PolarGradients(NamedTuple):
@@ -117,7 +119,7 @@ class GradientField:
         _check_features(features, d)
         n, device = len(features), self._origin.device
         n_padded = -(-n // BLOCK_ROWS) * BLOCK_ROWS
-        offset = torch.empty(n_padded, d, dtype=torch.float64, device=device)
+        offset = torch.empty(n_padded, -(-d // _ALIGNED) * _ALIGNED, dtype=torch.float64, device=device)[:, :d]
         offset[n:] = 0
         torch.sub(self.placed(features).detach().to(device), self._origin, out=offset[:n])
         ood_distance = torch.empty(n_padded, 1, dtype=torch.float64, device=device)

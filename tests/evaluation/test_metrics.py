@@ -215,7 +215,8 @@ def test_classifier_accuracy() -> None:
 
 
 def test_prototype_accuracy() -> None:
-    prototypes = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
+    # Their mean is (1, 1), so that the distances of (2, -7) to the first two are equal without rounding.
+    prototypes = torch.tensor([[0.0, 0.0], [4.0, 0.0], [-1.0, 3.0]])
     features = torch.tensor([[1.0, 1.0], [3.0, 0.0], [1.9, 9.0], [2.1, 0.0], [2.0, -7.0]])
     assert prototype_accuracy(features, prototypes, torch.tensor([0, 1, 2, 0, 0])) == 0.8  # (2.1, 0) is nearer to 1
 

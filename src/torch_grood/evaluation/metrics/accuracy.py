@@ -28,7 +28,9 @@ def classifier_accuracy(logits: Tensor, labels: Tensor | None) -> float:
 
 
 def prototype_accuracy(features: Tensor, prototypes: Tensor, labels: Tensor | None) -> float:
-    """Share of samples whose nearest class prototype is their label's, in float64; the first of equally near counts.
+    """Share of samples whose nearest class prototype is their label's, in float64.
+
+    Of prototypes that are equally near, also after rounding, the first counts.
 
     Args:
         features: (n, d), penultimate.
