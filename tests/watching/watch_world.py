@@ -29,6 +29,7 @@ class Grey:
     fpr: float | None = 0.1
     log_tau: float | None = None
     n_calibration: int | None = 99
+    class_sizes: dict[int, int] | None = None
 
     def __init__(self, before: Callable[[], None] = lambda: None) -> None:
         self.sizes: list[int] = []
@@ -42,6 +43,9 @@ class Grey:
         self.sizes.append(len(pixels))
         label = (score > 127).astype(np.int64)
         return Decisions(label, label, score, (256 - score) / 256, score > 100, np.zeros_like(label))
+
+    def neighbors(self, pixels: NDArray[np.uint8], k: int) -> NDArray[np.int64]:
+        return np.tile(np.arange(k), (len(pixels), 1))
 
     def sample_name(self, sample: int) -> str | None:
         return None

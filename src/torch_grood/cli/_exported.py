@@ -32,7 +32,7 @@ def opened(path: Path, decision: Decision) -> OnnxRuntime:
     """
     from torch_grood.runtime.onnx import OnnxRuntime
 
-    runtime = OnnxRuntime(path, fpr=decision.fpr, tau=decision.tau)
+    runtime = OnnxRuntime(path, fpr=decision.fpr, tau=decision.tau, shared=True)
     need_calibration(decision, runtime.manifest.calibration is not None)
     if decision.fdr is not None:
         # For its errors.

@@ -55,7 +55,7 @@ def open_runtime(
     refuse_model_options(path, spec, weights, num_classes, transform, device)
     from torch_grood.runtime import OnnxRuntime
 
-    return OnnxRuntime(path, fpr=fpr, tau=tau)
+    return OnnxRuntime(path, fpr=fpr, tau=tau, shared=True)
 
 
 def refuse_model_options(

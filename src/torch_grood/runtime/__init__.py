@@ -7,13 +7,13 @@ needs no torch.
 from typing import TYPE_CHECKING
 
 from torch_grood._lazy import importer
-from torch_grood.runtime.base import Decisions, Runtime
+from torch_grood.runtime.base import Decision, Decisions, Runtime, decide_each
 
 if TYPE_CHECKING:
     from torch_grood.runtime.detector import DetectorRuntime
     from torch_grood.runtime.onnx import OnnxRuntime
 
-__all__ = ["Decisions", "DetectorRuntime", "OnnxRuntime", "Runtime"]
+__all__ = ["Decision", "Decisions", "DetectorRuntime", "OnnxRuntime", "Runtime", "decide_each"]
 
 __getattr__ = importer(__name__, {"DetectorRuntime": "detector", "OnnxRuntime": "onnx"})
 

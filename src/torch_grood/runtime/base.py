@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
+
+from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from torch_grood.data.transforms import ImageTransform
 
-__all__ = ["Decisions", "Runtime"]
+__all__ = ["Decision", "Decisions", "Runtime", "decide_each"]
 
 
 class Decisions(NamedTuple):
@@ -34,6 +38,17 @@ class Decisions(NamedTuple):
     neighbor: NDArray[np.int64]
 
 
+class Decision(NamedTuple):
+    """About one image: the fields of `Decisions`."""
+
+    label: int
+    prototype_label: int
+    score: float
+    p_value: float | None
+    is_ood: bool | None
+    neighbor: int
+
+
 class Runtime(Protocol):
     """Decides about images that are read and prepared.
 
@@ -45,6 +60,8 @@ class Runtime(Protocol):
         fpr: false-alarm rate that `is_ood` promises; None if it promises none.
         log_tau: log of the threshold; None if there is none, or one for each class.
         n_calibration: images that the p-values rest on; None without a calibration.
+        class_sizes: of these, how many of each class; None unless each class has a threshold of its own, by the nearest
+            prototype.
     """
 
     classes: tuple[str, ...]
@@ -52,6 +69,7 @@ class Runtime(Protocol):
     fpr: float | None
     log_tau: float | None
     n_calibration: int | None
+    class_sizes: Mapping[int, int] | None
 
     def decide(self, pixels: NDArray[np.uint8]) -> Decisions:
         """Decide about images.
@@ -64,6 +82,44 @@ class Runtime(Protocol):
         """
         ...
 
+    def neighbors(self, pixels: NDArray[np.uint8], k: int) -> NDArray[np.int64]:
+        """Positions of the training samples with the nearest gradients, nearest first, (n, at most k).
+
+        Args:
+            pixels: as of `decide`.
+            k: wanted; what a runtime cannot find is left out.
+
+        Raises:
+            GroodError: as `decide`.
+        """
+        ...
+
     def sample_name(self, sample: int) -> str | None:
         """Name of a training sample, such as `Decisions.neighbor` names; None where none was kept."""
         ...
+
+
+def decide_each(runtime: Runtime, images: Sequence[NDArray[np.uint8]]) -> list[Decision | GroodError]:
+    """Decide about images (H, W, 3) of any sizes, those of one size together.
+
+    Returns:
+        Of each image the decision, or why there is none: one that cannot be decided about takes no other with it.
+    """
+    found: dict[int, Decision | GroodError] = {}
+    by_shape: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, image in enumerate(images):
+        by_shape[image.shape].append(i)
+    for alike in by_shape.values():
+        found |= zip(alike, _decided(runtime, [images[i] for i in alike]), strict=True)
+    return [found[i] for i in range(len(images))]
+
+
+def _decided(runtime: Runtime, alike: Sequence[NDArray[np.uint8]]) -> Sequence[Decision | GroodError]:
+    try:
+        decisions = runtime.decide(np.stack(alike))
+    except GroodError as error:
+        if len(alike) == 1:
+            return [error]
+        return [decision for image in alike for decision in _decided(runtime, [image])]
+    columns = [[None] * len(alike) if field is None else field.tolist() for field in decisions]
+    return [Decision(*row) for row in zip(*columns, strict=True)]

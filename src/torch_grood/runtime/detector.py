@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,6 +49,10 @@ class DetectorRuntime:
         self._rate, self._tau = fpr, tau
         self.fpr = threshold.fpr if threshold is not None and tau is None else None
         self.n_calibration = None if threshold is None else threshold.n
+        self.class_sizes: Mapping[int, int] | None = None
+        if threshold is not None and threshold.groups is not None:
+            groups, sizes = torch.unique_consecutive(threshold.groups, return_counts=True)
+            self.class_sizes = dict(zip(groups.tolist(), sizes.tolist(), strict=True))
         self.log_tau: float | None = None
         if tau is not None:
             self.log_tau = float(np.log(tau)) if tau else -np.inf
@@ -57,8 +62,7 @@ class DetectorRuntime:
 
     def decide(self, pixels: NDArray[np.uint8]) -> Decisions:
         """See `Runtime.decide`."""
-        as_tensor = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
-        images = self.transform.normalise(as_tensor.permute(0, 3, 1, 2).contiguous())
+        images = self._images(pixels)
         if not self._decides:
             assessed = self.detector.assess(images, progress=False)
             assert assessed.label is not None
@@ -81,6 +85,15 @@ class DetectorRuntime:
             found.neighbor.numpy(),
         )
 
+    def neighbors(self, pixels: NDArray[np.uint8], k: int) -> NDArray[np.int64]:
+        """See `Runtime.neighbors`."""
+        found: NDArray[np.int64] = self.detector.explain(self._images(pixels), k, 1, progress=False).neighbor.numpy()
+        return found
+
     def sample_name(self, sample: int) -> str | None:
         """See `Runtime.sample_name`."""
         return self.detector.sample_names([sample])[0]
+
+    def _images(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
+        as_tensor = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
+        return self.transform.normalise(as_tensor.permute(0, 3, 1, 2).contiguous())

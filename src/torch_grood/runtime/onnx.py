@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +50,8 @@ class OnnxRuntime:
         fpr: another false-alarm rate than the file's, promised by the same calibration.
         tau: the caller's own threshold instead, which promises nothing.
         threads: that one call uses; None: as many as there are cores.
+        shared: whether other threads, such as those that read images, want these cores, too: ONNX Runtime's do not keep
+            them while they wait, then, which takes longer for one image at a time.
 
     Attributes:
         manifest: what the file says of itself.
@@ -66,9 +69,10 @@ class OnnxRuntime:
         fpr: float | None = None,
         tau: float | None = None,
         threads: int | None = None,
+        shared: bool = False,
     ) -> None:
         content = read_at_most(path, _MOST_BYTES, "an ONNX file, which ends at 2 GiB")
-        self._session = session_of(content, str(path), threads)
+        self._session = session_of(content, str(path), threads, shared=shared)
         try:
             self.manifest = _manifest(self._session)
         except FormatError as error:
@@ -77,6 +81,9 @@ class OnnxRuntime:
         calibration = self.manifest.calibration
         self._names = [*_OUTPUTS, *(_DECISIONS if calibration else ())]
         self.n_calibration = None if calibration is None else calibration.n
+        self.class_sizes: Mapping[int, int] | None = None
+        if calibration is not None and calibration.groups is not None:
+            self.class_sizes = dict(zip(calibration.groups, calibration.sizes, strict=True))
         self.fpr = None if calibration is None else calibration.fpr
         self.log_tau: float | None = None
         if calibration is not None and calibration.groups is None:
@@ -125,6 +132,10 @@ class OnnxRuntime:
             neighbor=found["neighbor"],
         )
 
+    def neighbors(self, pixels: NDArray[np.uint8], k: int) -> NDArray[np.int64]:
+        """See `Runtime.neighbors`; the graph tells the nearest one only."""
+        return self.decide(pixels).neighbor[:, None]
+
     def sample_name(self, sample: int) -> str | None:
         """None: the names of training images stay in the detector's own file."""
         return None
@@ -151,13 +162,14 @@ class OnnxRuntime:
         return named
 
 
-def session_of(content: bytes, name: str, threads: int | None = None) -> Any:
+def session_of(content: bytes, name: str, threads: int | None = None, *, shared: bool = False) -> Any:
     """ONNX Runtime's session for the content of a file, which can read no other file.
 
     Args:
         content: of the file.
         name: of it, for an error.
         threads: that one call uses; None: as many as there are cores.
+        shared: see `OnnxRuntime`.
 
     Raises:
         FormatError: if it cannot be read.
@@ -168,6 +180,7 @@ def session_of(content: bytes, name: str, threads: int | None = None) -> Any:
     options.log_severity_level = 4
     if threads is not None:
         options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0" if shared else "1")
     with tempfile.TemporaryDirectory() as empty:
         # Weights that lie in other files would be looked for here.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", empty)

@@ -7,17 +7,16 @@ a row that says why; what a runtime refuses has one at once.
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from torch_grood._optional import require
 from torch_grood.data.images import MAX_PIXELS, BadImageError, decode_image
 from torch_grood.errors import GroodError, MissingDependencyError
+from torch_grood.runtime.base import decide_each
 from torch_grood.watching.files import SystemLimitError
 from torch_grood.watching.journal import Journal
 from torch_grood.watching.requests import HELD
@@ -25,6 +24,7 @@ from torch_grood.watching.rows import Row, decision_row, error_row, now
 from torch_grood.watching.source import Gone, Item, Source
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from torch_grood.data.transforms import ImageTransform
@@ -195,19 +195,24 @@ class _Loop:
     def finish(self, reading: Sequence[_Reading]) -> None:
         """Decide about inputs that were read, and write their rows in the order in which they came."""
         rows: dict[Item, Row] = {}
-        by_shape: defaultdict[tuple[int, ...], list[tuple[Item, NDArray[np.uint8]]]] = defaultdict(list)
+        readable: list[tuple[Item, NDArray[np.uint8]]] = []
         for item, result in ((reading.item, reading.result.result()) for reading in reading):
             if isinstance(result, Gone):
                 self._source.release(item)
                 self.counts = replace(self.counts, gone=self.counts.gone + 1)
             elif not isinstance(result, GroodError):
-                by_shape[result.shape].append((item, result))
+                readable.append((item, result))
             elif item.again and item.tries < TRIES:
                 self._again.append(_Again(time.monotonic() + self._retry_after, item, _reason_of(result)))
             else:
                 rows[item] = self._error(item, _reason_of(result))
-        for alike in by_shape.values():
-            rows |= self._decided(alike)
+        decided = decide_each(self._runtime, [pixels for _, pixels in readable])
+        for (item, _), decision in zip(readable, decided, strict=True):
+            rows[item] = (
+                self._error(item, str(decision))
+                if isinstance(decision, GroodError)
+                else decision_row(item, decision, self._runtime.classes, self._by, now())
+            )
         self._write([(item, rows[item]) for item in (reading.item for reading in reading) if item in rows])
 
     def _due(self, most: int) -> list[Item]:
@@ -215,19 +220,6 @@ class _Loop:
         while self._again and len(items) < most and not self._stop() and self._again[0].due <= time.monotonic():
             items.append(self._again.popleft().item)
         return items
-
-    def _decided(self, alike: Sequence[tuple[Item, NDArray[np.uint8]]]) -> dict[Item, Row]:
-        """Rows of images of one size."""
-        try:
-            found = self._runtime.decide(np.stack([pixels for _, pixels in alike]))
-        except GroodError as error:
-            if len(alike) == 1:
-                return {alike[0][0]: self._error(alike[0][0], str(error))}
-            # One that cannot be decided about must not take the others with it.
-            return {item: row for one in alike for item, row in self._decided([one]).items()}
-        time_ = now()
-        classes = self._runtime.classes
-        return {item: decision_row(item, found, i, classes, self._by, time_) for i, (item, _) in enumerate(alike)}
 
     def _error(self, item: Item, reason: str) -> Row:
         return error_row(item, reason, self._by, now())

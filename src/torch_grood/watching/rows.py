@@ -21,7 +21,7 @@ from torch_grood.errors import GroodError
 from torch_grood.watching.source import Item
 
 if TYPE_CHECKING:
-    from torch_grood.runtime import Decisions, Runtime
+    from torch_grood.runtime import Decision, Runtime
 
 __all__ = ["BEGINNING", "Row", "decision_row", "error_row", "made_by", "now"]
 
@@ -61,18 +61,17 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def decision_row(item: Item, found: Decisions, i: int, classes: tuple[str, ...], by: str, time: str) -> Row:
-    """The decision about an image, the i-th of those that were decided about together."""
-    score = float(found.score[i])
-    if not math.isfinite(score):
+def decision_row(item: Item, decision: Decision, classes: tuple[str, ...], by: str, time: str) -> Row:
+    """The decision about an image."""
+    if not math.isfinite(decision.score):
         return error_row(item, "the network gives it no finite score", by, time)
     return _row(
         item,
-        score=score,
-        p_value=None if found.p_value is None else float(found.p_value[i]),
-        is_ood=None if found.is_ood is None else bool(found.is_ood[i]),
-        label=classes[int(found.label[i])],
-        prototype_label=classes[int(found.prototype_label[i])],
+        score=decision.score,
+        p_value=decision.p_value,
+        is_ood=decision.is_ood,
+        label=classes[decision.label],
+        prototype_label=classes[decision.prototype_label],
         error=None,
         time=time,
         by=by,
