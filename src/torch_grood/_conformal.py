@@ -17,7 +17,15 @@ from torch_grood.errors import GroodError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["beta_interval", "checked_rate", "flagged", "least_rejections", "promised", "rank_of"]
+__all__ = [
+    "beta_interval",
+    "checked_rate",
+    "exceedance_p_value",
+    "flagged",
+    "least_rejections",
+    "promised",
+    "rank_of",
+]
 
 _NAMED = 5  # groups that an error names; the rest is counted
 _ROUNDING = 1 + 2**-50  # p = 1/1000 and fdr·k/N = 0.1·1/100 are equal, whichever way the quotients were rounded
@@ -126,6 +134,36 @@ def beta_interval(rank: int, n: int, confidence: float) -> tuple[float, float]:
 
     odds = (1 - confidence) / (1 + confidence)
     return quantile(odds), quantile(1 / odds)
+
+
+def exceedance_p_value(rate: float, sizes: Mapping[int, int], counts: Mapping[int, int], flagged: int) -> float:
+    """P(K ≥ flagged) of new ID samples that are exchangeable with the held-out ones, on average over calibrations.
+
+    The false-alarm rate that a calibration has fixed is Beta(m, n + 1 - m) (see `torch_grood.threshold`), so that the
+    number of flagged ones among W is beta-binomial; with groups, a sum of independent ones. Ties only make it smaller.
+
+    Args:
+        rate: α.
+        sizes: n of each group.
+        counts: W of each group; a group without a calibration flags nothing.
+        flagged: k, of all groups together.
+    """
+    total = np.ones(1)
+    for group, count in counts.items():
+        if group in sizes:
+            total = np.convolve(total, _beta_binomial(count, rank_of(rate, sizes[group]), sizes[group]))
+    return float(min(1.0, total[flagged:].sum()))
+
+
+def _beta_binomial(images: int, rank: int, n: int) -> NDArray[np.float64]:
+    """P(K = 0), …, P(K = images), from the quotient of each to the one before."""
+    rest = n + 1 - rank
+    j = np.arange(images, dtype=np.float64)
+    steps = np.log((images - j) * (rank + j)) - np.log((j + 1) * (rest + images - j - 1))
+    logs = np.concatenate([[0.0], np.cumsum(steps)])
+    found: NDArray[np.float64] = np.exp(logs - logs.max())
+    found /= found.sum()
+    return found
 
 
 def checked_rate(value: float, meaning: str) -> float:

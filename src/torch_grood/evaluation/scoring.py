@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_grood import container
@@ -26,7 +28,7 @@ from torch_grood.evaluation.choice import Choice, ChooseBy, Trial, choose
 from torch_grood.evaluation.extraction import ClassifierOutputs
 from torch_grood.evaluation.methods import METHODS, Method, MethodUnavailableError
 
-__all__ = ["ScoredMethod", "run_method", "scores_path"]
+__all__ = ["KeptScores", "ScoredMethod", "kept_scores", "run_method", "scores_path"]
 
 _log = logging.getLogger("torch_grood")
 
@@ -97,6 +99,29 @@ def run_method(
 def scores_path(folder: Path, run: str, method: Method) -> Path:
     """Where the scores of a method lie: a name for people, made unique by its parameters."""
     return folder / run / f"{method.name}-{_digest(method.config())[:8]}.safetensors"
+
+
+KeptScores = Mapping[str, NDArray[np.float64]]
+"""Scores (n,) of each test set, by key; "test" are the ID images."""
+
+
+def kept_scores(folder: Path, run: str) -> dict[str, KeptScores]:
+    """The scores that files of a run keep, by the label of the method; what is no such file is left out.
+
+    Args:
+        folder: that `scores_path` was given.
+        run: likewise.
+    """
+    found: dict[str, KeptScores] = {}
+    for path in sorted((folder / run).glob("*.safetensors")):
+        try:
+            kept = container.read(path, _VERSION)
+            label = _method_of(kept.header["method"]).label
+        except (GroodError, KeyError, TypeError, ValueError) as error:
+            _log.warning("%s cannot be used: %s", path, error)
+            continue
+        found[label] = {key: scores.numpy() for key, scores in kept.tensors.items() if scores.dtype == torch.float64}
+    return found
 
 
 def _run(method: Method, outputs: ClassifierOutputs, by: ChooseBy | None, progress: Progress) -> ScoredMethod:

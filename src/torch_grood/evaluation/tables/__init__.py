@@ -16,6 +16,17 @@ from torch_grood.evaluation.tables.documents import to_markdown, to_rich, write_
 from torch_grood.evaluation.tables.grid import Cell, Grid, escape_markdown
 from torch_grood.evaluation.tables.long_form import to_csv
 from torch_grood.evaluation.tables.notes import footnotes
-from torch_grood.evaluation.tables.parts import PARTS
+from torch_grood.evaluation.tables.parts import PARTS, grids
 
-__all__ = ["PARTS", "Cell", "Grid", "escape_markdown", "footnotes", "to_csv", "to_markdown", "to_rich", "write_tables"]
+__all__ = [
+    "PARTS",
+    "Cell",
+    "Grid",
+    "escape_markdown",
+    "footnotes",
+    "grids",
+    "to_csv",
+    "to_markdown",
+    "to_rich",
+    "write_tables",
+]

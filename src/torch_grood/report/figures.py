@@ -1,0 +1,305 @@
+"""The figures of a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from torch_grood._optional import require
+from torch_grood._text import plain
+from torch_grood.report.svg import BACK, FAINT, GRID, INK, drawing, in_svg, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from torch_grood.report.closer import Places
+
+__all__ = ["Dots", "Histogram", "Scatter", "auroc_dots", "promise_curve", "roc_curves", "scatter", "score_histograms"]
+
+_WIDE = 9.0
+_BINS = 60
+_CURVE_POINTS = 300
+_LONGEST_NAME = 46
+# Lines that are told apart without colours.
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)))
+_MARKERS = "oD^svPX*"
+
+
+class Histogram(NamedTuple):
+    """Scores of one set.
+
+    Attributes:
+        name: of the set.
+        kind: what its images are.
+        score: float64 (n,).
+        flagged: share of them that is flagged; None without a threshold.
+        colour: place of its colour.
+    """
+
+    name: str
+    kind: str
+    score: NDArray[np.float64]
+    flagged: float | None
+    colour: int
+
+
+def score_histograms(sets: Sequence[Histogram], taus: tuple[float, float] | None, *, name: str = "scores") -> str:
+    """A histogram for each set on a common logarithmic axis, with τ.
+
+    Args:
+        sets: at least one.
+        taus: τ, twice; the least and the greatest, if each class has its own; None: there is none.
+        name: of the figure on the page.
+    """
+    low, high = _score_range([one.score for one in sets], taus)
+    edges = np.linspace(low, high, _BINS + 1)
+    rows = len(sets)
+    height = 0.95 * rows + 0.75
+    with drawing(name, (_WIDE, height), _describe_histograms(sets)) as found:
+        figure = found.figure
+        grid = figure.add_gridspec(
+            rows, 1, left=0.01, right=0.87, top=1 - 0.32 / height, bottom=0.55 / height, hspace=0.75
+        )
+        for row, one in enumerate(sets):
+            axes = figure.add_subplot(grid[row, 0])
+            logs = _log10(one.score, low, high)
+            counts, _ = np.histogram(logs, edges)
+            if taus is not None:
+                start = min(max(math.log10(taus[0]) if taus[0] > 0 else low, low), high)
+                axes.axvspan(start, high, color=GRID, alpha=0.45, linewidth=0)
+            axes.stairs(counts, edges, fill=True, color=series(one.colour))
+            if taus is not None:
+                for tau in sorted(set(taus)):
+                    axes.axvline(math.log10(tau) if tau > 0 else low, color=INK, linewidth=1.3, linestyle=(0, (4, 2)))
+            axes.set_xlim(low, high)
+            axes.set_ylim(0, max(1, counts.max()) * 1.02)
+            axes.set_yticks([])
+            axes.spines["left"].set_visible(False)
+            _log_ticks(axes, low, high, labels=row == rows - 1)
+            axes.annotate(_shortened(one.name), (0, 1), (0, 5), weight="bold", color=series(one.colour), **_POINTS)
+            axes.annotate(f"{one.kind}, {len(one.score):,}", (1, 1), (0, 5), ha="right", color=FAINT, **_POINTS)
+            if one.flagged is not None:
+                axes.text(1.02, 0.5, f"{100 * one.flagged:.1f} %\nflagged", transform=axes.transAxes, va="center")
+            if row == 0 and taus is not None:
+                where: Any = axes.get_xaxis_transform()
+                axes.annotate("τ", (start, 1), (4, -2), xycoords=where, va="top", textcoords="offset points", size=13)
+        axes.set_xlabel("GROOD score, logarithmic: further right is less like the training images")
+    return found.text
+
+
+def roc_curves(
+    known: NDArray[np.float64],
+    unknown: Mapping[str, NDArray[np.float64]],
+    colours: Sequence[int],
+    *,
+    name: str = "roc",
+) -> str:
+    """Share of unknown images caught against known ones flagged, for every threshold; a curve for each set."""
+    metrics = require("sklearn.metrics", extra="report")
+    names = plain(", ".join(unknown))
+    with drawing(name, (5.6, 4.6), f"ROC curves of {names}; a table has their figures") as found:
+        axes = found.figure.add_axes((0.16, 0.12, 0.79, 0.86))
+        axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
+        axes.axvline(0.05, color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
+        axes.axhline(0.95, color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
+        for place, (title, scores) in enumerate(unknown.items()):
+            truth = np.repeat([0, 1], [len(known), len(scores)])
+            flagged, caught, _ = metrics.roc_curve(truth, np.concatenate([known, scores]))
+            keep = _thinned(flagged, caught)
+            axes.plot(
+                flagged[keep],
+                caught[keep],
+                color=series(colours[place]),
+                linewidth=1.8,
+                linestyle=_DASHES[place % len(_DASHES)],
+                label=_shortened(title),
+            )
+        axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="known images flagged", ylabel="unknown images caught")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        axes.text(0.06, 0.02, "95 % of known kept", color=FAINT, fontsize=9)
+        axes.text(0.99, 0.935, "95 % of unknown caught", color=FAINT, fontsize=9, ha="right", va="top")
+        axes.legend(loc="lower right", frameon=False, bbox_to_anchor=(1, 0.05))
+    return found.text
+
+
+def promise_curve(p_values: NDArray[np.float64], rate: float, n_calibration: int | None) -> str:
+    """Share of known images with p ≤ α against α, and where it lies if the promise holds.
+
+    Args:
+        p_values: of known images, float64 (n,).
+        rate: that the decisions promise.
+        n_calibration: held-out images; None: each class has its own, and no band is drawn.
+    """
+    n, most = len(p_values), min(1.0, max(0.2, 3 * rate))
+    rates = np.linspace(0, most, 201)
+    observed = np.searchsorted(np.sort(p_values), rates, side="right") / n
+    with drawing("promise", (5.6, 4.2), "Promised and observed false alarms; the table has the numbers") as found:
+        axes = found.figure.add_axes((0.16, 0.13, 0.79, 0.84))
+        if n_calibration is not None:
+            law = require("scipy.stats", extra="report").betabinom
+            ranks = np.arange(1, n_calibration + 1)
+            ranks = ranks[ranks / (n_calibration + 1) <= most]
+            ranks = ranks[:: max(1, len(ranks) // 150)]
+            band = [law.ppf(level, n, ranks, n_calibration + 1 - ranks) / n for level in (0.025, 0.975)]
+            axes.fill_between(ranks / (n_calibration + 1), *band, color=GRID, alpha=0.6, linewidth=0)
+        axes.plot([0, most], [0, most], color=FAINT, linewidth=1, linestyle=(0, (4, 2)), label="promised, on average")
+        axes.plot(rates, observed, color=series(0), linewidth=1.8, label=f"observed, {n:,} images")
+        at = float((p_values <= rate).mean())
+        axes.plot([rate], [at], "o", color=series(0), markersize=7, markeredgecolor=BACK, label=f"at {rate:g}")
+        axes.set(xlim=(0, most), ylim=(0, max(most, float(observed.max())) * 1.02))
+        axes.set(xlabel="promised false-alarm rate", ylabel="known images flagged")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+        axes.legend(loc="upper left", frameon=False)
+    return found.text
+
+
+class Scatter(NamedTuple):
+    """A picture of points.
+
+    Attributes:
+        svg: of it.
+        xy: of each point, in the units of its view box.
+    """
+
+    svg: str
+    xy: list[tuple[float, float]]
+
+
+def scatter(places: Places, sets: NDArray[np.int64], colours: Sequence[int], view: str) -> Scatter:
+    """Gradients in one of their views, those of the training images in grey behind them.
+
+    Args:
+        places: of the points.
+        sets: which set each point belongs to, int64 (m,).
+        colours: place of each set's colour.
+        view: "polar": log π against the angle to the nearest class direction; "plane": the plane of the training
+            gradients.
+    """
+    polar = view == "polar"
+    if polar:
+        # Lengths of one size are read more easily as they are.
+        log = bool(np.ptp(places.log_magnitude) > math.log(10))
+        of_length = (lambda logs: logs / math.log(10)) if log else np.exp
+        x, y = places.angle, of_length(places.log_magnitude)
+        behind = places.training_angle, of_length(places.training_log_magnitude)
+        what = "length and angle of the gradients"
+    else:
+        (x, y), behind = places.plane.T, tuple(places.training_plane.T)
+        what = "the gradients on the plane of the training gradients"
+    with drawing(view, (5.6, 4.6), f"A point for each image: {what}") as found:
+        axes = found.figure.add_axes((0.16, 0.12, 0.81, 0.86))
+        axes.scatter(*behind, s=9, color=FAINT, alpha=0.4, linewidths=0)
+        for place, colour in enumerate(colours):
+            here = sets == place
+            marker = _MARKERS[colour % len(_MARKERS)]
+            how: dict[str, Any] = {"s": 15, "alpha": 0.65, "linewidths": 0, "gid": f"set-{place}"}
+            axes.scatter(x[here], y[here], color=series(colour), marker=marker, **how)
+        axes.margins(0.03)
+        if polar:
+            axes.set(xlabel="angle to the nearest class direction", ylabel="π, the length of the gradient")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}°")
+            if log:
+                axes.set_ylabel("π, the length of the gradient, logarithmic")
+                axes.yaxis.set_major_formatter(lambda value, _: _power_of_ten(value))
+        else:
+            first, second = (f"{100 * share:.0f} %" for share in places.variance)
+            axes.set(xlabel=f"first principal axis ({first} of the variance)", ylabel=f"second ({second})")
+            behind_name = {"facecolor": BACK, "alpha": 0.75, "pad": 1, "linewidth": 0}
+            for name, (left, up) in zip(places.class_names, places.class_plane.tolist(), strict=True):
+                label = _shortened(name, 16)
+                axes.text(left, up, label, ha="center", va="center", weight="bold", size=10, bbox=behind_name)
+        xy = in_svg(axes, x, y)
+    return Scatter(found.text, xy)
+
+
+class Dots(NamedTuple):
+    """One figure of each method: its value and 95 % interval, as shares; and whether it is to be seen at once."""
+
+    labels: Sequence[str]
+    values: Sequence[float]
+    intervals: Sequence[tuple[float, float] | None]
+    is_marked: Sequence[bool]
+
+
+def auroc_dots(name: str, title: str, dots: Dots) -> str:
+    """AUROC of methods, one below the other."""
+    height = 0.23 * len(dots.labels) + 0.6
+    with drawing(name, (5.4, height), f"{title}; the table has the numbers") as found:
+        left = 0.38
+        axes = found.figure.add_axes((left, 0.48 / height, 0.95 - left, 1 - 0.5 / height))
+        for row, (_, value, interval, is_marked) in enumerate(zip(*dots, strict=True)):
+            colour = series(0) if is_marked else FAINT
+            if interval is not None:
+                axes.plot([100 * end for end in interval], [row, row], color=colour, linewidth=2, alpha=0.7)
+            axes.plot([100 * value], [row], "o", color=colour, markersize=5.5)
+        axes.set_yticks(range(len(dots.labels)), [_shortened(label, 26) for label in dots.labels], fontsize=9.5)
+        for is_marked, text in zip(dots.is_marked, axes.get_yticklabels(), strict=True):
+            text.set_fontweight("bold" if is_marked else "normal")
+        axes.set_ylim(len(dots.labels) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(f"{title}, %")
+    return found.text
+
+
+_POINTS: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 11}
+
+
+def _score_range(scores: Sequence[NDArray[np.float64]], taus: tuple[float, float] | None) -> tuple[float, float]:
+    """Of log₁₀ S; a score of 0, a copy of a training image, has no place there and goes into the lowest bin."""
+    everything = np.concatenate([*scores, np.array(taus or ())])
+    positive = everything[everything > 0]
+    low, high = (float(np.log10(end(positive))) for end in (np.min, np.max)) if len(positive) else (-1.0, 0.0)
+    margin = max(0.02 * (high - low), 0.02)
+    return low - margin, high + margin
+
+
+def _log10(scores: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
+    with np.errstate(divide="ignore"):
+        found: NDArray[np.float64] = np.clip(np.log10(scores), low, high)
+    return found
+
+
+def _log_ticks(axes: Axes, low: float, high: float, *, labels: bool) -> None:
+    """Ticks at 1, 2, 5 · 10^k where there is room for them, else at powers of ten."""
+    steps = (1, 2, 5) if high - low < 3 else (1,)
+    exponents = range(math.floor(low), math.ceil(high) + 1)
+    if high - low > 8:
+        exponents = exponents[:: math.ceil(len(exponents) / 8)]
+    ticks = [exponent + math.log10(step) for exponent in exponents for step in steps]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.set_xticks(ticks, [_power_of_ten(tick) for tick in ticks] if labels else [""] * len(ticks))
+
+
+def _power_of_ten(exponent: float) -> str:
+    return f"{10**exponent:.3g}" if exponent > -5 else f"1e{exponent:.3g}"
+
+
+def _thinned(flagged: NDArray[np.float64], caught: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Points of a curve that a page needs: evenly along it, both ends among them."""
+    length = np.concatenate([[0], np.cumsum(np.abs(np.diff(flagged)) + np.abs(np.diff(caught)))])
+    wanted = np.linspace(0, length[-1], _CURVE_POINTS)
+    keep: NDArray[np.int64] = np.unique(np.searchsorted(length, wanted).clip(max=len(length) - 1))
+    return keep
+
+
+def _describe_histograms(sets: Sequence[Histogram]) -> str:
+    parts = []
+    for one in sets:
+        flagged = "" if one.flagged is None else f", {100 * one.flagged:.1f} % flagged"
+        parts.append(f"{plain(one.name)}: median score {np.median(one.score):.3g}{flagged}")
+    return f"Histograms of the scores. {'; '.join(parts)}"
+
+
+def _shortened(name: str, most: int = _LONGEST_NAME) -> str:
+    name = plain(name)
+    name = name if len(name) <= most else f"{name[: most - 1]}…"
+    # A legend leaves out what begins with an underscore.
+    return f"\u200a{name}" if name.startswith("_") else name
