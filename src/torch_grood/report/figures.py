@@ -210,10 +210,9 @@ def scatter(places: Places, sets: NDArray[np.int64], colours: Sequence[int], vie
         else:
             first, second = (f"{100 * share:.0f} %" for share in places.variance)
             axes.set(xlabel=f"first principal axis ({first} of the variance)", ylabel=f"second ({second})")
-            behind_name = {"facecolor": BACK, "alpha": 0.75, "pad": 1, "linewidth": 0}
-            for name, (left, up) in zip(places.class_names, places.class_plane.tolist(), strict=True):
-                label = _shortened(name, 16)
-                axes.text(left, up, label, ha="center", va="center", weight="bold", size=10, bbox=behind_name)
+            for place, (name, at) in enumerate(zip(places.class_names, places.class_plane.tolist(), strict=True)):
+                how = {"ha": "center", "va": "center", "weight": "bold", "size": 10, "gid": f"class-{place}"}
+                axes.text(at[0], at[1], _shortened(name, 16), **how)
         xy = in_svg(axes, x, y)
     return Scatter(found.text, xy)
 
