@@ -30,6 +30,7 @@ def open_runtime(
     *,
     fpr: float | None = None,
     tau: float | None = None,
+    threads: int | None = None,
 ) -> Runtime:
     """A runtime from a detector's file and its model, or from an ONNX file, which has all in it.
 
@@ -43,6 +44,7 @@ def open_runtime(
         reporter: where messages go.
         fpr: another false-alarm rate than the file's.
         tau: the user's own threshold.
+        threads: that the model uses; None: one a CPU.
 
     Raises:
         GroodError: if the file cannot be used, an option does not belong to it, or the rate cannot be promised.
@@ -51,11 +53,15 @@ def open_runtime(
         detector, prepared = open_detector(path, spec, weights, num_classes, transform, device, reporter)
         from torch_grood.runtime import DetectorRuntime
 
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
         return DetectorRuntime(detector, prepared, fpr=fpr, tau=tau)
     refuse_model_options(path, spec, weights, num_classes, transform, device)
     from torch_grood.runtime import OnnxRuntime
 
-    return OnnxRuntime(path, fpr=fpr, tau=tau, shared=True)
+    return OnnxRuntime(path, fpr=fpr, tau=tau, threads=threads, shared=True)
 
 
 def refuse_model_options(

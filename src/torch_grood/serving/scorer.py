@@ -1,0 +1,278 @@
+"""Images of many requests, decided about together.
+
+    submit ──▶ threads that decode ──▶ one thread that decides, with what is ready, up to a batch ──▶ the event loop
+
+Nothing waits for a batch to fill: while one is decided about, the next one gathers. So an image that comes alone is
+scored at once, and many make large batches. All that is counted is counted in the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from torch_grood.data.images import BadImageError, decode_image
+from torch_grood.errors import GroodError
+from torch_grood.runtime.base import Decision, decide_each
+from torch_grood.serving.limits import RefusedError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from torch_grood.runtime import Runtime
+
+__all__ = ["Outcome", "Scored", "Scorer"]
+
+log = logging.getLogger("torch_grood.serving")
+
+# Where preprocessing leaves the size to the image: of one image, and of a batch. Its activations take a hundred times
+# as much memory.
+_MAX_UNCROPPED = 4_000_000
+# Decoded images that wait for their batch. Files of a few kilobytes become megabytes.
+_MAX_DECODED_BYTES = 2**28
+_RETRY_AFTER = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A decision and, where asked for, the nearest training images, nearest first."""
+
+    decision: Decision
+    neighbors: tuple[int, ...]
+
+
+Outcome = Scored | GroodError
+"""Of one image: a decision, or why there is none."""
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """The images of one request."""
+
+    future: asyncio.Future[list[Outcome]]
+    neighbors: int
+    left: int
+    outcomes: list[Outcome | None]
+    # Nobody waits for it any more.
+    given_up: bool = False
+    # It was in a batch that failed.
+    failed: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class _Ticket:
+    """One image of a job, on its way."""
+
+    job: _Job
+    position: int
+    content: bytes
+    pixels: NDArray[np.uint8] | None = None
+    error: GroodError | None = None
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What one batch has come to."""
+
+    size: int = 0
+    done: list[_Job] = field(default_factory=list)
+    # Of all tickets that are over, whether decided about or not.
+    finished: int = 0
+    failure: bool = False
+
+
+class Scorer:
+    """See the module's docstring. All methods are for the thread of the event loop.
+
+    Args:
+        runtime: decides.
+        batch_size: images that it gets at a time, at most.
+        queue: images that wait, at most.
+        max_pixels: that an image declares.
+        threads: that decode.
+        on_batch: is told the size of each batch, in the event loop.
+
+    Attributes:
+        waiting: images that are not done.
+        failures: batches that ended by an error that nobody expected.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        batch_size: int = 64,
+        queue: int = 1024,
+        max_pixels: int = 50_000_000,
+        threads: int = 1,
+        on_batch: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        self._runtime, self._batch_size, self._queue, self._on_batch = runtime, batch_size, queue, on_batch
+        size = runtime.transform.output_size
+        self._max_pixels = min(max_pixels, _MAX_UNCROPPED) if size is None else max_pixels
+        self._batch_pixels = _MAX_UNCROPPED if size is None else batch_size * size[0] * size[1]
+        self._decoded_bytes = 0
+        self._room = threading.Condition()
+        self._incoming: SimpleQueue[_Ticket | None] = SimpleQueue()
+        self._ready: SimpleQueue[_Ticket | None] = SimpleQueue()
+        self._decoders = [
+            threading.Thread(target=self._decode, name=f"grood-decode-{i}", daemon=True) for i in range(threads)
+        ]
+        self._decider = threading.Thread(target=self._decide, name="grood-decide", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.waiting = 0
+        self.failures = 0
+
+    def start(self) -> None:
+        """Begin; called in the event loop."""
+        self._loop = asyncio.get_running_loop()
+        for thread in (*self._decoders, self._decider):
+            thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether images are being decided about."""
+        return self._decider.is_alive() and all(thread.is_alive() for thread in self._decoders)
+
+    async def stop(self) -> None:
+        """End when all that was submitted is done."""
+        for _ in self._decoders:
+            self._incoming.put(None)
+        for thread in self._decoders:
+            await asyncio.to_thread(thread.join)
+        self._ready.put(None)
+        await asyncio.to_thread(self._decider.join)
+
+    async def score(self, contents: Sequence[bytes], neighbors: int = 1, seconds: float = 30.0) -> list[Outcome]:
+        """Decide about image files.
+
+        Args:
+            contents: of the files.
+            neighbors: training images wanted of each.
+            seconds: after which they are given up.
+
+        Raises:
+            RefusedError: if too many images wait, or it takes too long (503), or the runtime failed in a way that
+                nobody expected (500).
+        """
+        if self.waiting and self.waiting + len(contents) > self._queue:
+            raise RefusedError(503, f"{self.waiting} images wait already; try again later", retry_after=_RETRY_AFTER)
+        assert self._loop is not None
+        job = _Job(self._loop.create_future(), neighbors, len(contents), [None] * len(contents))
+        self.waiting += len(contents)
+        for position, content in enumerate(contents):
+            self._incoming.put(_Ticket(job, position, content))
+        late = self._loop.call_later(seconds, self._give_up, job, seconds)
+        try:
+            return await job.future
+        finally:
+            late.cancel()
+            job.given_up = True
+
+    def _give_up(self, job: _Job, seconds: float) -> None:
+        if not job.future.done():
+            reason = f"the images were not decided about within {seconds:g} seconds"
+            job.future.set_exception(RefusedError(503, reason, retry_after=_RETRY_AFTER))
+
+    def _decode(self) -> None:
+        """The work of a decoding thread."""
+        while (ticket := self._incoming.get()) is not None:
+            if not ticket.job.given_up:
+                try:
+                    image = decode_image(ticket.content, "image", max_pixels=self._max_pixels)
+                    ticket.pixels = self._runtime.transform.pixels(image)
+                except GroodError as error:
+                    ticket.error = error
+                # Whatever a file can do, it must not end the thread.
+                except Exception as error:
+                    log.exception("an image could not be decoded")
+                    ticket.error = BadImageError("image", f"cannot be decoded ({type(error).__name__})")
+            ticket.content = b""
+            if ticket.pixels is not None:
+                with self._room:
+                    self._room.wait_for(lambda: self._decoded_bytes < _MAX_DECODED_BYTES)
+                    self._decoded_bytes += ticket.pixels.nbytes
+            self._ready.put(ticket)
+
+    def _decide(self) -> None:
+        """The work of the deciding thread."""
+        assert self._loop is not None
+        ended = False
+        while not ended:
+            tickets: list[_Ticket] = []
+            ticket, pixels = self._ready.get(), 0
+            while ticket is not None:
+                tickets.append(ticket)
+                pixels += 0 if ticket.pixels is None else ticket.pixels.size // 3
+                if len(tickets) == self._batch_size or pixels >= self._batch_pixels:
+                    break
+                try:
+                    ticket = self._ready.get_nowait()
+                except Empty:
+                    break
+            ended = ticket is None
+            batch = self._batch(tickets)
+            with self._room:
+                self._decoded_bytes -= sum(one.pixels.nbytes for one in tickets if one.pixels is not None)
+                self._room.notify_all()
+            try:
+                self._loop.call_soon_threadsafe(self._deliver, batch)
+            except RuntimeError:
+                # The loop is closed: nobody waits any more.
+                return
+
+    def _batch(self, tickets: Sequence[_Ticket]) -> _Batch:
+        batch = _Batch(finished=len(tickets))
+        readable = [ticket for ticket in tickets if ticket.pixels is not None and not ticket.job.given_up]
+        images = [ticket.pixels for ticket in readable if ticket.pixels is not None]
+        try:
+            for ticket, decision in zip(readable, decide_each(self._runtime, images), strict=True):
+                ticket.job.outcomes[ticket.position] = self._scored(decision, ticket)
+            batch.size = len(readable)
+        # A graphics card that is lost, memory that is short: the service answers, and says so.
+        except Exception:
+            log.exception("a batch failed")
+            batch.failure = True
+            for ticket in readable:
+                ticket.job.failed = True
+        for ticket in tickets:
+            if ticket.error is not None:
+                ticket.job.outcomes[ticket.position] = ticket.error
+            ticket.job.left -= 1
+            if ticket.job.left == 0:
+                batch.done.append(ticket.job)
+        return batch
+
+    def _scored(self, decision: Decision | GroodError, ticket: _Ticket) -> Outcome:
+        if isinstance(decision, GroodError):
+            return decision
+        if not math.isfinite(decision.score):
+            return GroodError("the network gives it no finite score")
+        if ticket.job.neighbors <= 1 or ticket.pixels is None:
+            return Scored(decision, (decision.neighbor,))
+        try:
+            found = self._runtime.neighbors(ticket.pixels[None], ticket.job.neighbors)
+        except GroodError as error:
+            return error
+        return Scored(decision, tuple(found[0].tolist()))
+
+    def _deliver(self, batch: _Batch) -> None:
+        self.waiting -= batch.finished
+        self.failures += batch.failure
+        if batch.size:
+            self._on_batch(batch.size)
+        for job in batch.done:
+            if job.future.done():
+                continue
+            if job.failed:
+                job.future.set_exception(RefusedError(500, "the service failed; its log says why"))
+            else:
+                job.future.set_result([outcome for outcome in job.outcomes if outcome is not None])
