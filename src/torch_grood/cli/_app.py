@@ -16,7 +16,7 @@ __all__ = ["app"]
 
 # In the order of the help; module and function have the command's name.
 COMMANDS = (
-    *("demo", "train", "fit", "calibrate", "score", "watch", "serve"),
+    *("demo", "train", "fit", "calibrate", "score", "report", "watch", "serve"),
     *("add", "remove", "info", "export", "data", "benchmark"),
 )
 
