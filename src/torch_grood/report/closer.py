@@ -8,6 +8,7 @@ gradients spread most.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ __all__ = ["Closer", "Picked", "Places", "look_closer", "pick_points", "place"]
 # Of the training gradients that span the plane.
 _PLANE_ROWS = 1000
 _BACKGROUND_ROWS = 600
+# A longer gradient than so many of the longest of training would leave these no room on the plane.
+_LONGEST = 3.0
 # Names of more classes would cover each other.
 _MOST_NAMED = 20
 
@@ -68,7 +71,7 @@ class Places:
     Attributes:
         angle: to the nearest class direction, in degrees.
         log_magnitude: log π.
-        plane: coordinates on the plane, (m, 2).
+        plane: coordinates on the plane, (m, 2), in units of the longest training gradient; of three at most.
         training_angle, training_log_magnitude, training_plane: of some stored training gradients.
         class_names, class_plane: names of classes and where their prototypes lie on the plane; none of many.
         variance: share of the training gradients' variance along each axis of the plane.
@@ -156,14 +159,19 @@ def place(state: FittedState, features: Tensor, seed: int) -> Places:
     return Places(
         angle=_angle(own.direction, directions),
         log_magnitude=own.log_magnitude.numpy(),
-        plane=plane(own.vectors(unit).double()),
+        plane=plane(_cut(own, unit).vectors(unit).double()),
         training_angle=_angle(few.direction, directions),
         training_log_magnitude=few.log_magnitude.numpy(),
         training_plane=plane(few.vectors(unit).double()),
         class_names=tuple(str(state.classes[position]) for position in classes),
-        class_plane=plane(prototypes.vectors(unit).double()),
+        class_plane=plane(_cut(prototypes, unit).vectors(unit).double()),
         variance=plane.variance,
     )
+
+
+def _cut(gradients: PolarGradients, unit: float) -> PolarGradients:
+    most = unit + math.log(_LONGEST)
+    return gradients._replace(log_magnitude=gradients.log_magnitude.clamp(max=most))
 
 
 class _Plane:

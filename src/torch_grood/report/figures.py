@@ -13,7 +13,6 @@ from torch_grood._text import plain
 from torch_grood.report.svg import BACK, FAINT, GRID, INK, drawing, in_svg, series
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
     from torch_grood.report.closer import Places
@@ -23,7 +22,9 @@ __all__ = ["Dots", "Histogram", "Scatter", "auroc_dots", "promise_curve", "roc_c
 _WIDE = 9.0
 _BINS = 60
 _CURVE_POINTS = 300
-_LONGEST_NAME = 46
+_LONGEST_NAME, _LONGEST_LABEL = 46, 26
+# Curves whose names would cover them in letters of the usual size.
+_MANY = 6
 # Lines that are told apart without colours.
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)))
 _MARKERS = "oD^svPX*"
@@ -79,7 +80,8 @@ def score_histograms(sets: Sequence[Histogram], taus: tuple[float, float] | None
             axes.set_ylim(0, max(1, counts.max()) * 1.02)
             axes.set_yticks([])
             axes.spines["left"].set_visible(False)
-            _log_ticks(axes, low, high, labels=row == rows - 1)
+            ticks, labels = _log_ticks(low, high)
+            axes.set_xticks(ticks, labels if row == rows - 1 else [""] * len(ticks))
             axes.annotate(_shortened(one.name), (0, 1), (0, 5), weight="bold", color=series(one.colour), **_POINTS)
             axes.annotate(f"{one.kind}, {len(one.score):,}", (1, 1), (0, 5), ha="right", color=FAINT, **_POINTS)
             if one.flagged is not None:
@@ -116,14 +118,15 @@ def roc_curves(
                 color=series(colours[place]),
                 linewidth=1.8,
                 linestyle=_DASHES[place % len(_DASHES)],
-                label=_shortened(title),
+                label=_shortened(title, _LONGEST_LABEL),
             )
         axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="known images flagged", ylabel="unknown images caught")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         axes.text(0.06, 0.02, "95 % of known kept", color=FAINT, fontsize=9)
         axes.text(0.99, 0.935, "95 % of unknown caught", color=FAINT, fontsize=9, ha="right", va="top")
-        axes.legend(loc="lower right", frameon=False, bbox_to_anchor=(1, 0.05))
+        many = len(unknown) > _MANY
+        axes.legend(loc="lower right", frameon=False, bbox_to_anchor=(1, 0.05), fontsize=8 if many else 11)
     return found.text
 
 
@@ -183,17 +186,14 @@ def scatter(places: Places, sets: NDArray[np.int64], colours: Sequence[int], vie
     """
     polar = view == "polar"
     if polar:
-        # Lengths of one size are read more easily as they are.
-        log = bool(np.ptp(places.log_magnitude) > math.log(10))
-        of_length = (lambda logs: logs / math.log(10)) if log else np.exp
-        x, y = places.angle, of_length(places.log_magnitude)
-        behind = places.training_angle, of_length(places.training_log_magnitude)
+        x, y = places.angle, places.log_magnitude / math.log(10)
+        behind = places.training_angle, places.training_log_magnitude / math.log(10)
         what = "length and angle of the gradients"
     else:
         (x, y), behind = places.plane.T, tuple(places.training_plane.T)
         what = "the gradients on the plane of the training gradients"
     with drawing(view, (5.6, 4.6), f"A point for each image: {what}") as found:
-        axes = found.figure.add_axes((0.16, 0.12, 0.81, 0.86))
+        axes = found.figure.add_axes((0.17, 0.12, 0.8, 0.86))
         axes.scatter(*behind, s=9, color=FAINT, alpha=0.4, linewidths=0)
         for place, colour in enumerate(colours):
             here = sets == place
@@ -202,11 +202,11 @@ def scatter(places: Places, sets: NDArray[np.int64], colours: Sequence[int], vie
             axes.scatter(x[here], y[here], color=series(colour), marker=marker, **how)
         axes.margins(0.03)
         if polar:
-            axes.set(xlabel="angle to the nearest class direction", ylabel="π, the length of the gradient")
+            axes.set(xlabel="angle to the nearest class direction", ylabel="π, the length of the gradient, logarithmic")
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}°")
-            if log:
-                axes.set_ylabel("π, the length of the gradient, logarithmic")
-                axes.yaxis.set_major_formatter(lambda value, _: _power_of_ten(value))
+            low, high = _with_margin(np.concatenate([y, behind[1]]))
+            axes.set_ylim(low, high)
+            axes.set_yticks(*_log_ticks(low, high))
         else:
             first, second = (f"{100 * share:.0f} %" for share in places.variance)
             axes.set(xlabel=f"first principal axis ({first} of the variance)", ylabel=f"second ({second})")
@@ -237,7 +237,9 @@ def auroc_dots(name: str, title: str, dots: Dots) -> str:
             if interval is not None:
                 axes.plot([100 * end for end in interval], [row, row], color=colour, linewidth=2, alpha=0.7)
             axes.plot([100 * value], [row], "o", color=colour, markersize=5.5)
-        axes.set_yticks(range(len(dots.labels)), [_shortened(label, 26) for label in dots.labels], fontsize=9.5)
+        axes.set_yticks(
+            range(len(dots.labels)), [_shortened(label, _LONGEST_LABEL) for label in dots.labels], fontsize=9.5
+        )
         for is_marked, text in zip(dots.is_marked, axes.get_yticklabels(), strict=True):
             text.set_fontweight("bold" if is_marked else "normal")
         axes.set_ylim(len(dots.labels) - 0.4, -0.6)
@@ -255,7 +257,11 @@ def _score_range(scores: Sequence[NDArray[np.float64]], taus: tuple[float, float
     """Of log₁₀ S; a score of 0, a copy of a training image, has no place there and goes into the lowest bin."""
     everything = np.concatenate([*scores, np.array(taus or ())])
     positive = everything[everything > 0]
-    low, high = (float(np.log10(end(positive))) for end in (np.min, np.max)) if len(positive) else (-1.0, 0.0)
+    return _with_margin(np.log10(positive) if len(positive) else np.array([-1.0, 0.0]))
+
+
+def _with_margin(values: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
     margin = max(0.02 * (high - low), 0.02)
     return low - margin, high + margin
 
@@ -266,19 +272,27 @@ def _log10(scores: NDArray[np.float64], low: float, high: float) -> NDArray[np.f
     return found
 
 
-def _log_ticks(axes: Axes, low: float, high: float, *, labels: bool) -> None:
-    """Ticks at 1, 2, 5 · 10^k where there is room for them, else at powers of ten."""
-    steps = (1, 2, 5) if high - low < 3 else (1,)
-    exponents = range(math.floor(low), math.ceil(high) + 1)
-    if high - low > 8:
+def _log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
+    """Where round numbers lie on an axis of log₁₀, and their names: powers of ten, or closer where there is room."""
+    decade = math.floor(low)
+    if high - low < 1:
+        locator = require("matplotlib.ticker", extra="report").MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+        numbers = locator.tick_values(10 ** (low - decade), 10 ** (high - decade)).tolist()
+        found = [(decade, number) for number in numbers if number > 0]
+    else:
+        exponents = range(decade, math.ceil(high) + 1)
         exponents = exponents[:: math.ceil(len(exponents) / 8)]
-    ticks = [exponent + math.log10(step) for exponent in exponents for step in steps]
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    axes.set_xticks(ticks, [_power_of_ten(tick) for tick in ticks] if labels else [""] * len(ticks))
+        found = [(exponent, step) for exponent in exponents for step in ((1, 2, 5) if high - low < 3 else (1,))]
+    ticks = {exponent + math.log10(number): _number(number, exponent) for exponent, number in found}
+    shown = {tick: name for tick, name in ticks.items() if low <= tick <= high}
+    return list(shown), list(shown.values())
 
 
-def _power_of_ten(exponent: float) -> str:
-    return f"{10**exponent:.3g}" if exponent > -5 else f"1e{exponent:.3g}"
+def _number(number: float, exponent: int) -> str:
+    """number · 10^exponent, which float64 may be too small for."""
+    if number >= 10:
+        number, exponent = number / 10, exponent + 1
+    return f"{number * 10.0**exponent:.4g}" if abs(exponent) < 5 else f"{number:.4g}e{exponent}"
 
 
 def _thinned(flagged: NDArray[np.float64], caught: NDArray[np.float64]) -> NDArray[np.int64]:

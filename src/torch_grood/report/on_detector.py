@@ -36,6 +36,8 @@ POINTS = 1500
 """Images drawn one by one; each takes about a kilobyte of the page."""
 _CARDS, _GALLERY_SETS, _NEIGHBORS = 8, 8, 4
 _PIXELATED = 64
+# Of which one lies outside a 95 % interval on either side.
+_LEAST_DRAWS = 40
 # One tested at a time, a true promise is doubted so often.
 _DOUBT = 0.025
 
@@ -51,7 +53,7 @@ class Options:
         fpr: another false-alarm rate than the detector's.
         tau: the user's own threshold.
         points: images drawn one by one, of all sets together; 0: none, and no image is shown.
-        draws: of the bootstrap for the intervals of FPR@95; 0: none.
+        draws: of the bootstrap for the intervals of FPR@95, at least 40; 0: none.
         seed: of which images are drawn, and of the bootstrap.
         training_root: folder of the training images; None: their names as they were stored.
         batch_size: images at a time.
@@ -91,13 +93,18 @@ def detector_report(
         progress: gives a bar of a name.
 
     Raises:
-        GroodError: for two sets of one name or two known ones, a rate that cannot be promised, or as `score_set`.
+        GroodError: for two sets of one name or two known ones, a rate that cannot be promised, too few draws, or as
+            `score_set`.
         MissingDependencyError: without the extra ``report``.
     """
     options = options or Options()
     for module in ("jinja2", "matplotlib", "sklearn.metrics", "scipy.stats"):
         require(module, extra="report")
     _check(sets)
+    if 0 < options.draws < _LEAST_DRAWS:
+        raise GroodError(
+            f"{options.draws} draws are too few for a 95 % interval; expected 0, or {_LEAST_DRAWS} or more"
+        )
     threshold = detector.threshold_
     if threshold is not None and options.fpr is not None:
         threshold = threshold.at(options.fpr)

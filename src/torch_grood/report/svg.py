@@ -53,6 +53,8 @@ _STYLE = {
 _ID = re.compile(r'\bid="([^"]+)"')
 _REFERENCE = re.compile(r'((?:xlink:)?href="#|url\(#)([^")]+)')
 _HEAD = re.compile(r'<svg [^>]*viewBox="([^"]+)"[^>]*>')
+# matplotlib escapes ">" in attributes and in texts.
+_TAG = re.compile(r"<[^>]+>")
 _FONT = re.compile(r"'DejaVu Sans'(, [^;\"]*)?")
 
 
@@ -81,8 +83,9 @@ def drawing(name: str, size: tuple[float, float], description: str) -> Iterator[
     Raises:
         MissingDependencyError: without matplotlib.
     """
-    matplotlib, figures = require("matplotlib", extra="report"), require("matplotlib.figure", extra="report")
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+    styles, figures = require("matplotlib.style", extra="report"), require("matplotlib.figure", extra="report")
+    # A session may have a style of its own, or LaTeX for all texts.
+    with styles.context(["default", {**_STYLE, "svg.hashsalt": name}]), warnings.catch_warnings():
         # Letters that the font lacks, of whatever a set is called, are drawn by the browser.
         warnings.simplefilter("ignore", UserWarning)
         found = Drawing(figures.Figure(figsize=size, dpi=_DPI))
@@ -108,14 +111,20 @@ def in_svg(axes: Axes, x: Sequence[float] | Any, y: Sequence[float] | Any) -> li
 
 def _of_page(svg: str, name: str, description: str) -> str:
     svg = svg[svg.index("<svg") :]
-    svg = _ID.sub(rf'id="{name}-\1"', svg)
-    svg = _REFERENCE.sub(rf"\g<1>{name}-\2", svg)
-    svg = _FONT.sub("system-ui, sans-serif", svg)
+    # Not in texts: those are names, which may look like anything.
+    svg = _TAG.sub(lambda tag: _tag_of_page(tag[0], name), svg)
     svg = _HEAD.sub(_head(description), svg, count=1)
-    for colour, variable in _NAMES.items():
-        svg = svg.replace(colour, variable)
     safe: str = require("markupsafe", extra="report").Markup(svg.strip())
     return safe
+
+
+def _tag_of_page(tag: str, name: str) -> str:
+    tag = _ID.sub(rf'id="{name}-\1"', tag)
+    tag = _REFERENCE.sub(rf"\g<1>{name}-\2", tag)
+    tag = _FONT.sub("system-ui, sans-serif", tag)
+    for colour, variable in _NAMES.items():
+        tag = tag.replace(colour, variable)
+    return tag
 
 
 def _head(description: str) -> Callable[[re.Match[str]], str]:
