@@ -3,8 +3,8 @@
     python benchmarks/features.py --splits 20
 
 Digits 0-5 against 6-9 (64 pixels as a table), and two wines against the third (13 measurements). 30 % of the known
-samples are test samples. GROOD promises 5 % of false alarms, or 10 % on the few wines; of the others, only the one-class
-SVM has a rate (5 %), which is about its own training samples.
+samples are test samples. GROOD promises 5 % of false alarms, or 10 % on the few wines; of the others, only the
+one-class SVM has a rate (5 %), which is about its own training samples.
 """
 
 from __future__ import annotations
