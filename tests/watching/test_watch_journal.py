@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from watch_world import Grey, put, rows_of
+from watch_world import put, rows_of
 
+from grey import Grey
 from torch_grood.errors import GroodError
 from torch_grood.watching import Counts, Folder, Item, made_by, opened_journal, watch
 from torch_grood.watching.rows import error_row
@@ -152,7 +153,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path: Path) -> None:
 import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from watch_world import Grey
+from grey import Grey
 from torch_grood.errors import GroodError
 from torch_grood.watching import Folder, opened_journal, watch
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -166,7 +167,7 @@ with opened_journal(folder / "out", "some detector", "folder") as journal:
         print(error)
 """
     found = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)],
+        [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent.parent)],
         capture_output=True,
         text=True,
         check=True,

@@ -15,7 +15,7 @@ WATCHER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from watch_world import Grey
+from grey import Grey
 from torch_grood.watching import Folder, Stream, opened_journal, watch
 folder, kind = Path(sys.argv[1]), sys.argv[2]
 with opened_journal(folder / "out", "d", kind) as journal:
@@ -38,7 +38,7 @@ def test_kills(tmp_path: Path, kind: str, kills: int) -> None:
     (tmp_path / "s.jsonl").touch()
     n = 0
     for _ in range(kills):
-        command = [sys.executable, "-c", WATCHER, str(tmp_path), kind, str(Path(__file__).parent)]
+        command = [sys.executable, "-c", WATCHER, str(tmp_path), kind, str(Path(__file__).parent.parent)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "open\n"

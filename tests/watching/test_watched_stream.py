@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from watch_world import Grey, png, put, rows_of
+from watch_world import put, rows_of
 
+from grey import Grey, png
 from torch_grood.data.images import BadImageError
 from torch_grood.errors import GroodError
 from torch_grood.watching import Counts, Stream, opened_journal, watch

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watch_world import REFUSED, Grey, png, put, rows_of, stop_after
+from watch_world import put, rows_of, stop_after
 
+from grey import REFUSED, Grey, png
 from torch_grood.errors import GroodError
 from torch_grood.watching import Counts, Folder, Pipe, Stream, opened_journal, watch
 from torch_grood.watching.seen import Seen
