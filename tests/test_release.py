@@ -40,7 +40,6 @@ def files_of_package() -> set[str]:
     return {path.removeprefix("src/") for path in tracked if path}
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
 def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
@@ -56,7 +55,6 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
 def test_the_sdist_holds_the_tests_and_the_documents(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
