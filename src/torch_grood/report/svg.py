@@ -105,6 +105,8 @@ def in_svg(axes: Axes, x: Sequence[float] | Any, y: Sequence[float] | Any) -> li
     """Where points lie in the units of the figure's view box; to be asked when all limits are set."""
     figure: Any = axes.figure
     height = figure.get_size_inches()[1] * _DPI
+    # Limits that follow the data are found when they are asked for, which the transform does not do.
+    axes.get_xlim(), axes.get_ylim()
     found = axes.transData.transform(list(zip(x, y, strict=True)))
     return [(round(float(px), 1), round(float(height - py), 1)) for px, py in found]
 
