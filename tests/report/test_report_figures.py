@@ -23,6 +23,7 @@ from torch_grood.report.figures import (
     _log_ticks,
     _thinned,
     auroc_dots,
+    method_histograms,
     promise_curve,
     roc_curves,
     scatter,
@@ -106,6 +107,39 @@ def test_tau_of_each_class_is_two_lines() -> None:
         return score_histograms([histogram([0.1, 1.0])], taus).count("stroke-dasharray")
 
     assert lines((0.2, 0.5)) == lines((0.2, 0.2)) + 1
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [-9.5, -3.0, 0.0],
+        [1e-9, 2e-9],
+        [-1e7, -9e6],
+        [5.0] * 4,
+        [-1e6] * 3,
+        [0.0],
+        [-np.inf, 1.0, 2.0],
+        [np.inf],
+        [1e300, -1e300],
+    ],
+)
+def test_a_method_s_scores_have_an_axis_of_their_own(scores: list[float]) -> None:
+    svg = method_histograms([histogram(scores), histogram(scores[:1], "b")], name="scores-1")
+    first, second = bars(svg)
+    assert max(first) > 20
+    assert np.count_nonzero(second) == 1
+    assert np.count_nonzero(first) == len(set(scores))
+    ticks = [float(one.replace("−", "-")) for one in texts(svg) if re.fullmatch(r"[-−]?[\d.]+(e[+-]?\d+)?", one)]
+    assert len(ticks) >= 2
+    assert ticks == sorted(set(ticks))
+
+
+def test_an_outlier_does_not_press_a_method_s_scores_together() -> None:
+    random = np.random.default_rng(0)
+    scores = [*random.normal(size=3000), 1e6]
+    (found,) = bars(method_histograms([histogram(scores)], name="scores-1"))
+    assert np.count_nonzero(found) > 40
+    assert found[-1] > 0
 
 
 @pytest.mark.parametrize("name", HOSTILE)

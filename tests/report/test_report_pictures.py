@@ -57,9 +57,10 @@ def test_small_images_keep_their_pixels_and_large_ones_their_middle() -> None:
 
 
 def test_many_tiles_fit_into_one_picture() -> None:
-    found = sheet_of([plain((9, 9, 9), (48, 48))] * 20_000)
-    assert max(found.width, found.height) <= 16_383
-    assert found.columns * (found.height // found.side) >= 20_000
+    found = sheet_of([plain((9, 9, 9), (48, 48))] * 3000)
+    assert found.columns * (found.height // found.side) >= 3000
+    # About square: 20,000 are far from the sides that WebP can have.
+    assert abs(found.width - found.height) <= 4 * found.side
     assert found.width == found.columns * found.side
 
 

@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 
     from torch_grood.report.closer import Places
 
-__all__ = ["Dots", "Histogram", "Scatter", "auroc_dots", "promise_curve", "roc_curves", "scatter", "score_histograms"]
+__all__ = [
+    "Dots",
+    "Histogram",
+    "Scatter",
+    "auroc_dots",
+    "method_histograms",
+    "promise_curve",
+    "roc_curves",
+    "scatter",
+    "score_histograms",
+]
 
 _WIDE = 9.0
 _BINS = 60
@@ -49,47 +59,88 @@ class Histogram(NamedTuple):
 
 
 def score_histograms(sets: Sequence[Histogram], taus: tuple[float, float] | None, *, name: str = "scores") -> str:
-    """A histogram for each set on a common logarithmic axis, with τ.
+    """A histogram for each set of GROOD's scores on a common logarithmic axis, with τ.
 
     Args:
         sets: at least one.
         taus: τ, twice; the least and the greatest, if each class has its own; None: there is none.
         name: of the figure on the page.
     """
-    low, high = _score_range([one.score for one in sets], taus)
+    scores = [one.score for one in sets]
+    low, high = _score_range(scores, taus)
+    label = "GROOD score, logarithmic: further right is less like the training images"
+    placed = [_log10(one, low, high) for one in scores]
+    return _histograms(name, sets, placed, _Axis(low, high, *_log_ticks(low, high), label), taus)
+
+
+def method_histograms(sets: Sequence[Histogram], *, name: str) -> str:
+    """A histogram for each set of a method's scores, as it gives them, on a common axis.
+
+    The axis ends where a thousandth of the scores lies beyond; these are in the outermost bars.
+    """
+    scores = [one.score for one in sets]
+    everything = np.concatenate(scores)
+    finite = everything[np.isfinite(everything)]
+    low, high = (float(end) for end in np.quantile(finite if len(finite) else [0.0], [0.001, 0.999]))
+    margin = 0.02 * (high - low) or 0.02 * abs(high) or 1.0
+    low, high = low - margin, high + margin
+    locator = require("matplotlib.ticker", extra="report").MaxNLocator(6)
+    ticks = [tick for tick in locator.tick_values(low, high).tolist() if low <= tick <= high]
+    axis = _Axis(
+        low, high, ticks, [f"{tick:.6g}" for tick in ticks], "score: further right is less like the training images"
+    )
+    return _histograms(name, sets, [one.clip(low, high) for one in scores], axis, None)
+
+
+class _Axis(NamedTuple):
+    low: float
+    high: float
+    ticks: list[float]
+    names: list[str]
+    label: str
+
+
+def _histograms(
+    name: str,
+    sets: Sequence[Histogram],
+    placed: Sequence[NDArray[np.float64]],
+    axis: _Axis,
+    taus: tuple[float, float] | None,
+) -> str:
+    """With the scores where they lie on the axis, and τ on one of log₁₀."""
+    low, high = axis.low, axis.high
     edges = np.linspace(low, high, _BINS + 1)
     rows = len(sets)
     height = 0.95 * rows + 0.75
+    lines = [max(math.log10(tau), low) if tau > 0 else low for tau in sorted(set(taus or ()))]
     with drawing(name, (_WIDE, height), _describe_histograms(sets)) as found:
         figure = found.figure
         grid = figure.add_gridspec(
             rows, 1, left=0.01, right=0.87, top=1 - 0.32 / height, bottom=0.55 / height, hspace=0.75
         )
-        for row, one in enumerate(sets):
+        for row, (one, places) in enumerate(zip(sets, placed, strict=True)):
             axes = figure.add_subplot(grid[row, 0])
-            logs = _log10(one.score, low, high)
-            counts, _ = np.histogram(logs, edges)
-            if taus is not None:
-                start = min(max(math.log10(taus[0]) if taus[0] > 0 else low, low), high)
-                axes.axvspan(start, high, color=GRID, alpha=0.45, linewidth=0)
+            counts, _ = np.histogram(places, edges)
+            if lines:
+                axes.axvspan(lines[0], high, color=GRID, alpha=0.45, linewidth=0)
             axes.stairs(counts, edges, fill=True, color=series(one.colour))
-            if taus is not None:
-                for tau in sorted(set(taus)):
-                    axes.axvline(math.log10(tau) if tau > 0 else low, color=INK, linewidth=1.3, linestyle=(0, (4, 2)))
+            for line in lines:
+                axes.axvline(line, color=INK, linewidth=1.3, linestyle=(0, (4, 2)))
             axes.set_xlim(low, high)
             axes.set_ylim(0, max(1, counts.max()) * 1.02)
             axes.set_yticks([])
             axes.spines["left"].set_visible(False)
-            ticks, labels = _log_ticks(low, high)
-            axes.set_xticks(ticks, labels if row == rows - 1 else [""] * len(ticks))
+            axes.set_xticks(axis.ticks, axis.names if row == rows - 1 else [""] * len(axis.ticks))
             axes.annotate(_shortened(one.name), (0, 1), (0, 5), weight="bold", color=series(one.colour), **_POINTS)
             axes.annotate(f"{one.kind}, {len(one.score):,}", (1, 1), (0, 5), ha="right", color=FAINT, **_POINTS)
             if one.flagged is not None:
                 axes.text(1.02, 0.5, f"{100 * one.flagged:.1f} %\nflagged", transform=axes.transAxes, va="center")
-            if row == 0 and taus is not None:
+            if row == 0 and lines:
                 where: Any = axes.get_xaxis_transform()
-                axes.annotate("τ", (start, 1), (4, -2), xycoords=where, va="top", textcoords="offset points", size=13)
-        axes.set_xlabel("GROOD score, logarithmic: further right is less like the training images")
+                axes.annotate(
+                    "τ", (lines[0], 1), (4, -2), xycoords=where, va="top", textcoords="offset points", size=13
+                )
+        axes.set_xlabel(axis.label)
     return found.text
 
 

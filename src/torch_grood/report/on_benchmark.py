@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch_grood._optional import require
+from torch_grood.errors import GroodError
 from torch_grood.evaluation.metrics import auroc
 from torch_grood.evaluation.results import (
     GROUPS,
@@ -21,9 +22,10 @@ from torch_grood.evaluation.results import (
 )
 from torch_grood.evaluation.scoring import KeptScores, kept_scores
 from torch_grood.evaluation.tables import footnotes, grids
-from torch_grood.report.figures import Dots, Histogram, auroc_dots, roc_curves, score_histograms
+from torch_grood.report.figures import Dots, Histogram, auroc_dots, method_histograms, roc_curves
 from torch_grood.report.page import page
 from torch_grood.report.sets import ROLES
+from torch_grood.report.svg import SERIES
 from torch_grood.report.tables import share
 
 if TYPE_CHECKING:
@@ -104,9 +106,7 @@ def _lead(results: BenchmarkResults, methods: Sequence[MethodSummary]) -> str:
 
 
 def _tiles(results: BenchmarkResults, methods: Sequence[MethodSummary]) -> Iterator[dict[str, str]]:
-    # As it is by itself, if it is among them; the variants may be many.
-    groods = [one for one in methods if one.results[0].name == "grood" and not one.uses_ood_data]
-    grood = min(groods, key=lambda one: len(one.label), default=None)
+    grood = _grood(methods)
     for group in GROUPS:
         fair = [one for one in methods if group in one.groups and not one.uses_ood_data]
         if not fair:
@@ -125,6 +125,12 @@ def _tiles(results: BenchmarkResults, methods: Sequence[MethodSummary]) -> Itera
     accuracy = accuracy_summary(results).get("classifier")
     if accuracy is not None:
         yield {"what": "accuracy of the classifier", "value": f"{share(accuracy.mean)} %", "note": "on its test images"}
+
+
+def _grood(methods: Sequence[MethodSummary]) -> MethodSummary | None:
+    """As it is by itself, if it is among them; the variants may be many."""
+    groods = [one for one in methods if one.results[0].name == "grood" and not one.uses_ood_data]
+    return min(groods, key=lambda one: len(one.label), default=None)
 
 
 def _sets_of(results: BenchmarkResults, group: Group) -> str:
@@ -153,8 +159,10 @@ def _dots(results: BenchmarkResults, methods: Sequence[MethodSummary]) -> Iterat
 def _scored(results: BenchmarkResults, methods: Sequence[MethodSummary], folder: Path) -> Iterator[dict[str, Any]]:
     """Scores of GROOD and of the best others, where they are those that the figures come from."""
     kept = kept_scores(folder / "scores", "run0")
-    order = sorted(methods, key=lambda one: one.results[0].name != "grood")
+    grood = _grood(methods)
+    order = sorted(methods, key=lambda one: one is not grood)
     sets = [one for one in results.of_role("near", "far") if one.status != "absent"]
+    colours = [1 + place % (SERIES - 1) for place in range(len(sets))]
     shown = 0
     for one in order:
         scores = kept.get(one.label)
@@ -165,13 +173,14 @@ def _scored(results: BenchmarkResults, methods: Sequence[MethodSummary], folder:
         histograms = [Histogram(test.title, ROLES["known"], scores["test"], None, 0)]
         histograms += [
             Histogram(of.title, ROLES[of.role], scores[of.key], None, place)  # type: ignore[index]
-            for place, of in enumerate(sets, 1)
+            for place, of in zip(colours, sets, strict=True)
         ]
         curves = {of.title: scores[of.key] for of in sets}
         yield {
             "label": one.label,
-            "histograms": score_histograms(histograms, None, name=f"scores-{shown}"),
-            "roc": roc_curves(scores["test"], curves, range(1, len(sets) + 1), name=f"roc-{shown}"),
+            "is_log": one.results[0].name == "grood",
+            "histograms": method_histograms(histograms, name=f"scores-{shown}"),
+            "roc": roc_curves(scores["test"], curves, colours, name=f"roc-{shown}"),
         }
 
 
@@ -180,7 +189,11 @@ def _are_those(results: BenchmarkResults, one: MethodSummary, scores: KeptScores
     method = results.runs[0].method(one.label)
     if method is None or method.status != "done" or not {"test", *(of.key for of in sets)} <= scores.keys():
         return False
-    return all(abs(auroc(scores["test"], scores[of.key]) - method.figures[of.key].auroc) < _ROUNDING for of in sets)
+    try:
+        return all(abs(auroc(scores["test"], scores[of.key]) - method.figures[of.key].auroc) < _ROUNDING for of in sets)
+    except GroodError:
+        # They are no scores: none, NaN, of another shape.
+        return False
 
 
 def _settings(results: BenchmarkResults) -> Iterator[tuple[str, str]]:
