@@ -32,6 +32,7 @@ from torch_grood.cli._common import (
     source_of,
 )
 from torch_grood.cli._runtime import is_onnx, refuse_model_options
+from torch_grood.cli._scaled import Engine
 from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ SHOWN = 20
 _NEIGHBORS = 100
 _WIDE = 300
 
-DECIDING, EXPLAINING = "Deciding (at most one)", "Explaining"
+DECIDING, EXPLAINING, SCALING = "Deciding (at most one)", "Explaining", "Many processes"
 
 
 class _Format(StrEnum):
@@ -70,7 +71,10 @@ def score(
         typer.Option("--format", help="Default: what the name of --output ends in, else a table."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to a file instead of stdout.")
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write to a file instead of stdout; with --engine, to a folder."
+        ),
     ] = None,
     show_all: Annotated[
         bool, typer.Option("--all", help=f"Show all images, not the {SHOWN} most OOD ones; draw up to 80.")
@@ -140,6 +144,37 @@ def score(
             rich_help_panel=EXPLAINING,
         ),
     ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            "--engine",
+            help="ray: on this machine's cores, or a cluster; torchrun: the processes of that launcher. Both write a "
+            "folder of Parquet parts, and go on where they were.",
+            rich_help_panel=SCALING,
+        ),
+    ] = Engine.local,
+    parallel: Annotated[
+        int | None,
+        typer.Option("--parallel", metavar="N", min=1, help="Workers of Ray. Default: all.", rich_help_panel=SCALING),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address", metavar="ADDRESS", help="Of a cluster; auto: this machine's.", rich_help_panel=SCALING
+        ),
+    ] = None,
+    gpus: Annotated[
+        float, typer.Option("--gpus-per-worker", min=0, help="That Ray keeps for each.", rich_help_panel=SCALING)
+    ] = 0,
+    image_column: Annotated[
+        str | None,
+        typer.Option(
+            "--image-column",
+            metavar="NAME",
+            help="Of Parquet inputs: the image files' bytes. Default: image.",
+            rich_help_panel=SCALING,
+        ),
+    ] = None,
     model: ModelOption = None,
     weights: WeightsOption = None,
     num_classes: NumClassesOption = None,
@@ -160,14 +195,29 @@ def score(
         grood score flowers.grood inbox/ --explain --grid why.png
         grood score flowers.grood inbox/ --format json --model nets.py:resnet20 --weights r20.pt
         grood score flowers.onnx inbox/
+        grood score flowers.onnx s3://bucket/photos/ --engine ray --output s3://bucket/scores
+        torchrun --nproc-per-node 8 -m torch_grood score flowers.onnx photos/ --engine torchrun -o scores/
     """
-    chosen = _format(format, output)
+    if engine is not Engine.local:
+        from torch_grood.cli import _scaled
+
+        local_only = {"--format": format, "--all": show_all, "--fdr": fdr, "--explain": explain, "--grid": grid}
+        local_only |= {"--neighbors": neighbors, "--training-root": training_root, "--workers": workers}
+        folder = _scaled.check_scaled(output, local_only)
+        make_runtime = _scaled.MakeRuntime.of(detector, model, weights, num_classes, transform, device, fpr, tau)
+        scaled = _scaled.Scaled(engine, folder, parallel, address, gpus, image_column, batch_size)
+        _scaled.score_scaled(make_runtime, images, root, scaled, quiet)
+        return
+    if parallel is not None or address is not None or gpus or image_column is not None:
+        raise GroodError("--parallel, --ray-address, --gpus-per-worker and --image-column are for --engine ray")
+    target = None if output is None else Path(output)
+    chosen = _format(format, target)
     explaining = explain or grid is not None
     _check_explaining(explaining, neighbors, grid, training_root)
-    for file in (output, grid):
+    for file in (target, grid):
         if file is not None:
             check_output(file, detector, weights, *images)
-    if output is not None and grid is not None and output.resolve() == grid.resolve():
+    if target is not None and grid is not None and target.resolve() == grid.resolve():
         raise GroodError(f"--output and --grid both name {grid}; give two names")
     from torch_grood.cli import _formats
     from torch_grood.cli._decision import Decision, report_decision
@@ -195,8 +245,8 @@ def score(
 
         drawn = results.by_score[: _grid.GRID_ROWS_ALL if show_all else _grid.GRID_ROWS]
         _grid.write_grid(grid, results, drawn, training_root)
-    if output is not None:
-        with replacing(output) as temporary:
+    if target is not None:
+        with replacing(target) as temporary:
             _formats.write(results, chosen, explain, temporary)
     elif chosen is _Format.table:
         _print(results, explain, None if show_all else SHOWN)

@@ -1,0 +1,17 @@
+"""Scoring more images than one process should: over many processes, on one machine or on a Ray cluster.
+
+    Inputs ──▶ spans ──▶ workers (a `Runtime` each) ──▶ one Parquet part a span ──▶ done.json
+
+A part that is there is done, and a part is written whole or not at all: so every image is scored exactly once, whatever
+ends a worker, a node or the whole job, and the same command goes on where it was. The images of a batch are a function
+of their places among the inputs, not of the workers: the scores are the same, bit for bit, for any number of them.
+"""
+
+from __future__ import annotations
+
+from torch_grood.scale.inputs import Inputs, inputs_of
+from torch_grood.scale.job import Job, Summary
+from torch_grood.scale.on_ray import score_on_ray
+from torch_grood.scale.ranks import score_as_rank
+
+__all__ = ["Inputs", "Job", "Summary", "inputs_of", "score_as_rank", "score_on_ray"]
