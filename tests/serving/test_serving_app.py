@@ -158,7 +158,7 @@ class Undecided(Grey):
 
 def metrics_of(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     families = text_string_to_metric_families(text)
-    return {(one.name, tuple(one.labels.items())): one.value for family in families for one in family.samples}
+    return {(one.name, tuple(sorted(one.labels.items()))): one.value for family in families for one in family.samples}
 
 
 @in_loop
@@ -179,7 +179,7 @@ async def test_metrics() -> None:
     assert found["grood_requests_total", ((route, "other"), ("status", "404"))] == 1
     assert found["grood_requests_total", ((route, "/v1/training/*"), ("status", "404"))] == 1
     assert found["grood_request_seconds_count", ((route, score),)] == 4
-    assert found["grood_request_seconds_bucket", ((route, score), ("le", "+Inf"))] == 4
+    assert found["grood_request_seconds_bucket", (("le", "+Inf"), (route, score))] == 4
     images = {kind: found["grood_images_total", (("outcome", kind),)] for kind in ("known", "ood", "unreadable")}
     assert images == {"known": 2, "ood": 1, "unreadable": 1}
     assert found["grood_flagged_rate", ()] == pytest.approx(1 / 3)
@@ -187,7 +187,7 @@ async def test_metrics() -> None:
     at_most_tau = max(value for (name, labels), value in found.items()
                       if name == "grood_score_bucket" and float(labels[0][1]) <= 100.001)  # fmt: skip
     assert at_most_tau == 2
-    assert found["grood_batch_images_count", ()] == 3
+    assert found["grood_batch_images_count", ()] == 4
     assert found["grood_images_waiting", ()] == 0
     assert found["grood_drift_windows_total", ()] == 1
     assert found["grood_drift_alarm", ()] == 0

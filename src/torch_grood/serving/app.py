@@ -234,7 +234,9 @@ def _add_facts(app: FastAPI, service: _Service) -> None:
         return _json(service.drift.described())
 
     @app.get("/v1/training/{sample}", openapi_extra=TRAINING, summary="A training image, small", tags=["images"])
-    async def training(sample: str) -> Response:
+    async def training(request: Request) -> Response:
+        # As FastAPI's own parameter it would have an error of its own form.
+        sample: str = request.path_params["sample"]
         if service.settings.training_root is None or not sample.isdecimal() or len(sample) > 12:
             raise RefusedError(404, "there is no such training image here")
         picture = await asyncio.to_thread(service.thumbnail, int(sample))

@@ -107,10 +107,19 @@ DRIFT: dict[str, Any] = {
     | _PROTECTED
 }
 TRAINING: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "sample",
+            "in": "path",
+            "required": True,
+            "description": "Position in the training set, as neighbors have it.",
+            "schema": {"type": "integer", "minimum": 0},
+        }
+    ],
     "responses": {
         "200": {"description": "WebP, at most 160 pixels a side.", "content": {"image/webp": _FILE}},
         "404": _answer("Not shown, or not there.", _ERROR),
     }
-    | _PROTECTED
+    | _PROTECTED,
 }
 READY: dict[str, Any] = {"responses": {"200": _answer("It does."), "503": _answer("Not yet, or no more.", _ERROR)}}

@@ -8,13 +8,14 @@ import math
 import signal
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from torch_grood._text import plain
 from torch_grood.errors import GroodError
@@ -86,6 +87,7 @@ class _Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         # The guard answers instead: it says when to try again.
         self.limit_concurrency = None
+        self._cycles: list[RequestResponseCycle] = []
         self._head_bytes = 0
         self._timer: TimerHandle | None = None
         self._unread: TimerHandle | None = None
@@ -94,6 +96,10 @@ class _Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._arrived()
         self._read()
+        # uvicorn tells the last one only. An earlier one, which is answered before it, would write where nothing is.
+        for cycle in self._cycles:
+            cycle.disconnected = not cycle.response_complete
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -120,6 +126,7 @@ class _Protocol(HttpToolsProtocol):
         if most is not None and len(self.connections) > most:
             self.scope["state"]["crowded"] = True
         super().on_headers_complete()
+        self._cycles = [*(cycle for cycle in self._cycles if not cycle.response_complete), self.cycle]
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -188,18 +195,25 @@ def _ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
 
 @contextmanager
 def _logging() -> Iterator[None]:
-    """While it lasts, the service's log and uvicorn's are lines of JSON on stderr."""
+    """While it lasts, all that is logged or warned of is lines of JSON on stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter())
-    loggers = {logging.getLogger(name): logging.WARNING for name in ("uvicorn", "asyncio")} | {_log: logging.INFO}
+    levels = dict.fromkeys(("uvicorn", "asyncio", "py.warnings"), logging.WARNING)
+    # What is odd about an image is told to its sender.
+    levels |= {"torch_grood.serving": logging.INFO, "PIL": logging.CRITICAL}
+    loggers = {logging.getLogger(name): level for name, level in levels.items()}
     before = {one: (one.level, one.propagate) for one in loggers}
     for one, level in loggers.items():
         one.addHandler(handler)
         one.setLevel(level)
         one.propagate = False
+    logging.captureWarnings(True)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")
+            yield
     finally:
+        logging.captureWarnings(False)
         for one, (level, propagate) in before.items():
             one.removeHandler(handler)
             one.setLevel(level)

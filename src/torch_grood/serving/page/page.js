@@ -41,7 +41,7 @@ function show(file, row) {
   image.src = URL.createObjectURL(file);
   image.alt = `The image ${file.name}`;
   image.onload = () => { image.classList.toggle("small", image.naturalWidth < 100); URL.revokeObjectURL(image.src); };
-  image.onerror = () => { image.alt = "It cannot be shown."; };
+  image.onerror = () => { image.remove(); };
   item.querySelector("figcaption").textContent = file.name;
   const [word, text] = item.querySelector(".verdict").children;
   const facts = item.querySelector("dl");
@@ -53,6 +53,7 @@ function show(file, row) {
     facts.append(term, entry);
   };
   if (row.error !== null) {
+    item.classList.add("failed");
     word.textContent = "No score";
     text.textContent = row.error;
   } else {
@@ -60,7 +61,7 @@ function show(file, row) {
     item.classList.add(row.is_ood === null ? "undecided" : known ? "known" : "ood");
     word.textContent = row.is_ood === null ? "No decision" : known ? "Known" : "Unknown";
     text.textContent = row.is_ood === true
-      ? "The classifier's answer should not be relied on."
+      ? "The classifier’s answer should not be relied on."
       : row.is_ood === false ? "It is like what the classifier was trained on." : "The detector is not calibrated.";
     add("classifier says", row.label);
     if (row.prototype_label !== row.label) add("nearest prototype", row.prototype_label);
