@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -19,6 +20,8 @@ pytest.importorskip("matplotlib")
 
 from torch_grood import container
 from torch_grood.cli.report import _parted
+from torch_grood.cli.report import report as command
+from torch_grood.report import Options
 
 MODEL = ("--model", "nets.py:net")
 SETS = ("--known", "test", "--near", "Other digits=ood")
@@ -186,6 +189,12 @@ def test_usage(digits: Path) -> None:
     assert shown.code == 0
     for option in ("--known", "--near", "--far", "--unknown", "--images", "--fpr", "--tau", "--points", "NAME="):
         assert option in shown.out
+
+
+def test_defaults_are_the_library_s() -> None:
+    given, own = inspect.signature(command).parameters, Options()
+    for name in ("fpr", "tau", "title", "points", "draws", "seed", "training_root", "batch_size", "workers"):
+        assert given[name].default == getattr(own, name), name
 
 
 @pytest.mark.parametrize(

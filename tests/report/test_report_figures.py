@@ -205,6 +205,14 @@ def test_the_observed_share_is_drawn() -> None:
     assert "observed, 80 images" in texts(svg)
 
 
+def test_an_image_at_a_rate_is_flagged_at_it() -> None:
+    # A p-value of α is at most α.
+    p_values = np.linspace(0, 0.2, 201)[[50, 100]]
+    curve = in_data(promise_curve(p_values, 0.05, None), r"fill: none; stroke: var\(--series-0\)", (0.2, 1.02))
+    assert curve[np.isclose(curve[:, 0], 0.05, atol=1e-5), 1].max() == pytest.approx(0.5, abs=1e-4)
+    assert curve[-1, 1] == pytest.approx(1, abs=1e-4)
+
+
 @pytest.mark.parametrize(("n", "rate"), [(1, 0.5), (5, 0.2), (50, 0.9), (1000, 0.05), (20_000, 0.0001)])
 def test_any_calibration_has_a_curve(n: int, rate: float) -> None:
     svg = promise_curve(np.array([1 / (n + 1), 1.0]), rate, n)
