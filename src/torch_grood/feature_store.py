@@ -56,13 +56,19 @@ class StoredPass(Protocol):
     def __len__(self) -> int:
         """The number of batches."""
 
-    def steps(self, templates: Mapping[str, Columns], layer: str | None = None) -> Iterable[Step]:
-        """All batches in order, with images where something is missing.
+    def steps(
+        self, templates: Mapping[str, Columns], layer: str | None = None, batches: range | None = None
+    ) -> Iterable[Step]:
+        """Batches in order, with images where something is missing.
 
         Args:
             templates: the columns of each journal that is wanted, without rows: they tell dtypes and shapes.
             layer: whose sums are wanted; None: none.
+            batches: those that are wanted, side by side; None: all.
         """
+
+    def missing(self, templates: Mapping[str, Columns]) -> list[int]:
+        """Numbers of the batches that a journal lacks."""
 
     def keep(self, step: Step, journal: str, columns: Columns) -> None:
         """Take columns of a batch that are not kept yet."""

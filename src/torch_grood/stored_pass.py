@@ -23,13 +23,13 @@ from torch import Tensor
 
 from torch_grood._progress import Progress, track
 from torch_grood.errors import GroodError
-from torch_grood.feature_store import Columns, FeatureStore, Step, Sums
+from torch_grood.feature_store import Columns, FeatureStore, Step, StoredPass, Sums
 from torch_grood.features import Extraction, FeatureExtractor, model_fingerprint
 from torch_grood.outliers import content_keys
 from torch_grood.provenance import content_hashes
 from torch_grood.training_pass import Members, TrainingPass, shape_and_range
 
-__all__ = ["StoredExtraction", "run_stored", "stored_extractions", "stored_scores"]
+__all__ = ["StoredExtraction", "missing_batches", "run_stored", "stored_extractions", "stored_scores"]
 
 # To be raised when the same model and images come to have other features or other content numbers.
 FEATURES_VERSION = 1
@@ -161,28 +161,27 @@ def stored_extractions(
     store: FeatureStore,
     *,
     left_out: Sequence[int] = (),
+    batches: range | None = None,
     progress: Progress = None,
     description: str = "extract",
 ) -> Generator[StoredExtraction]:
-    """Features of all of the loader's images, batch by batch; batches without an image are passed over.
+    """Features of the loader's images, batch by batch; batches without an image are passed over.
 
     Args:
         extractor: of the model.
         loader: of known files.
         store: takes what it does not have.
         left_out: images with these labels are passed over.
+        batches: numbers of the batches that are wanted, side by side; None: all.
         progress: see `GROOD.fit`.
         description: of the progress bar.
 
     Raises:
         GroodError: if the store does not take the loader, or cannot be written.
     """
-    first = _checked(store).first_image(loader)
-    probe = extractor(first)
-    stored = store.open(loader, _key(extractor, probe, left_out), probe)
-    template = _none_of(_features(probe, first))
+    stored, template = _opened(extractor, loader, store, left_out)
     unwanted = torch.tensor(list(left_out), dtype=torch.int64)
-    for step in track(stored.steps({_FEATURES: template}), progress, description):
+    for step in track(stored.steps({_FEATURES: template}, batches=batches), progress, description):
         columns = step.kept.get(_FEATURES)
         if columns is None:
             assert step.images is not None
@@ -195,6 +194,24 @@ def stored_extractions(
             found = Extraction(columns["features"], columns["logits"])
             yield StoredExtraction(found, columns["hashes"], tuple(columns["shape"][0].tolist()))
     stored.flush(force=True)
+
+
+def missing_batches(
+    extractor: FeatureExtractor, loader: Iterable[Any], store: FeatureStore, *, left_out: Sequence[int] = ()
+) -> list[int]:
+    """Numbers of the loader's batches of which the store has no features; arguments and errors as above."""
+    stored, template = _opened(extractor, loader, store, left_out)
+    return stored.missing({_FEATURES: template})
+
+
+def _opened(
+    extractor: FeatureExtractor, loader: Iterable[Any], store: FeatureStore, left_out: Sequence[int]
+) -> tuple[StoredPass, Columns]:
+    """What the store has of the loader's images, and the columns of features, without rows."""
+    first = _checked(store).first_image(loader)
+    probe = extractor(first)
+    stored = store.open(loader, _key(extractor, probe, left_out), probe)
+    return stored, _none_of(_features(probe, first))
 
 
 def stored_scores(

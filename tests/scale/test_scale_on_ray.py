@@ -23,8 +23,8 @@ import grey
 from torch_grood.errors import GroodError
 from torch_grood.scale import Job, inputs_of, score_on_ray
 from torch_grood.scale.job import Counts
-from torch_grood.scale.on_ray import LIVES, STILLBORN
 from torch_grood.scale.parts import Folder
+from torch_grood.scale.pool import LIVES, STILLBORN
 
 pytestmark = [
     pytest.mark.slow,

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from torch_grood.cli._common import Device, Reporter, reporting
 from torch_grood.cli._runtime import open_runtime
@@ -18,7 +20,19 @@ if TYPE_CHECKING:
     from torch_grood.scale import Job
     from torch_grood.scale.job import Counts
 
-__all__ = ["Engine", "MakeRuntime", "Scaled", "score_scaled"]
+__all__ = [
+    "AddressOption",
+    "Engine",
+    "EngineOption",
+    "GpusOption",
+    "MakeRuntime",
+    "ParallelOption",
+    "Scaled",
+    "check_local",
+    "check_scaled",
+    "score_scaled",
+    "whole_spec",
+]
 
 _SAY_EVERY = 10.0
 
@@ -29,6 +43,31 @@ class Engine(StrEnum):
     local = "local"
     ray = "ray"
     torchrun = "torchrun"
+
+
+_SCALING = "Many processes"
+EngineOption = Annotated[
+    Engine,
+    typer.Option(
+        "--engine",
+        help="ray: on this machine's cores, or a cluster; torchrun: the processes of that launcher. What was "
+        "interrupted goes on where it was.",
+        rich_help_panel=_SCALING,
+    ),
+]
+ParallelOption = Annotated[
+    int | None,
+    typer.Option("--parallel", metavar="N", min=1, help="Workers of Ray. Default: all.", rich_help_panel=_SCALING),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address", metavar="ADDRESS", help="Of a cluster; auto: this machine's.", rich_help_panel=_SCALING
+    ),
+]
+GpusOption = Annotated[
+    float, typer.Option("--gpus-per-worker", min=0, help="That Ray keeps for each.", rich_help_panel=_SCALING)
+]
 
 
 @dataclass(frozen=True)
@@ -66,15 +105,19 @@ class MakeRuntime:
         tau: float | None,
     ) -> MakeRuntime:
         """With all paths from the root: a worker may start in another folder."""
-        file, found, factory = (model or "").rpartition(":")
-        if found and Path(file).is_file():
-            model = f"{Path(file).absolute()}:{factory}"
-        elif model is not None and Path(model).is_dir():
-            model = str(Path(model).absolute())
+        model = None if model is None else whole_spec(model)
         if transform is not None and Path(transform).is_file():
             transform = str(Path(transform).absolute())
         weights = None if weights is None else weights.absolute()
         return cls(detector.absolute(), model, weights, num_classes, transform, device, fpr, tau)
+
+
+def whole_spec(model: str) -> str:
+    """A model's spec with the path from the root, if it has one."""
+    file, found, factory = model.rpartition(":")
+    if found and Path(file).is_file():
+        return f"{Path(file).absolute()}:{factory}"
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
 @dataclass(frozen=True)
@@ -129,6 +172,16 @@ def score_scaled(make_runtime: MakeRuntime, images: Sequence[str], root: Path | 
             f"done: {summary.images:,} images scored, {summary.ood:,} of them OOD; {summary.bad:,} inputs left out "
             f"({how.output}/scores and bad)"
         )
+
+
+def check_local(workers: int | None, address: str | None, gpus: float, *more: object) -> None:
+    """Fail for options of engines where there is none.
+
+    Raises:
+        GroodError: if one is given.
+    """
+    if gpus or any(value is not None for value in (workers, address, *more)):
+        raise GroodError("--parallel, --ray-address, --gpus-per-worker and --image-column are for --engine ray")
 
 
 def check_scaled(output: str | None, forbidden: Mapping[str, object]) -> str:

@@ -36,6 +36,14 @@ from torch_grood.cli._common import (
     source_of,
     to_device,
 )
+from torch_grood.cli._scaled import (
+    AddressOption,
+    Engine,
+    EngineOption,
+    GpusOption,
+    ParallelOption,
+    check_local,
+)
 from torch_grood.cli._search import (
     CoresetOption,
     IndexOption,
@@ -182,6 +190,10 @@ def fit(
     workers: WorkersOption = None,
     skip_bad: SkipBadOption = False,
     cache: CacheOption = None,
+    engine: EngineOption = Engine.local,
+    parallel: ParallelOption = None,
+    address: AddressOption = None,
+    gpus: GpusOption = 0,
     quiet: QuietOption = False,
 ) -> None:
     """Fit a detector for a classifier and write it to a file.
@@ -193,7 +205,14 @@ def fit(
         grood fit --model timm:resnet18 --train dogs --outliers samples --ood cats -o d.grood
         grood fit --model torchvision:vit_b_16 --train in/train --store int8 --memory 4GiB -o v.grood
         grood fit --model torchvision:resnet50 --train in/train --cache ~/in.cache -o in.grood
+        grood fit --model torchvision:resnet50 --train in/train --cache ~/in.cache -o in.grood --engine ray
     """
+    from torch_grood.cli import _filling
+
+    if engine is Engine.local:
+        check_local(parallel, address, gpus)
+    else:
+        cache = _filling.check_filling(cache, outliers)
     from torch_grood.models.from_run import WEIGHTS, is_run, read_record
 
     used_weights, is_complete = weights, True
@@ -254,12 +273,34 @@ def fit(
         reporter.say(f"preprocessing: {prepared}")
         reporter.say(f"training images: {len(source):,} from {source.origin}")
         report_ignored(source, reporter)
+        chosen = None if classes is None else _classes(classes, source)
+        if engine is not Engine.local:
+            assert cache is not None
+            sets = [
+                _filling.MakeFiller(
+                    model,
+                    weights,
+                    num_classes,
+                    device,
+                    images,
+                    prepared,
+                    batch_size,
+                    "skip" if skip_bad else "raise",
+                    cache,
+                    head,
+                    chosen,
+                )
+                for images in (source, held_out)
+                if images is not None
+            ]
+            if not _filling.fill(sets, _filling.Filling(engine, parallel, address, gpus), reporter):
+                return
         run_over(
             detector.fit,
             loader_of(source),
             reporter,
             progress=reporter.progress("fitting", "outliers"),
-            classes=None if classes is None else _classes(classes, source),
+            classes=chosen,
             cache=kept,
         )
         if outlier_images is not None:

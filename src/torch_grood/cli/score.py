@@ -32,7 +32,14 @@ from torch_grood.cli._common import (
     source_of,
 )
 from torch_grood.cli._runtime import is_onnx, refuse_model_options
-from torch_grood.cli._scaled import Engine
+from torch_grood.cli._scaled import (
+    AddressOption,
+    Engine,
+    EngineOption,
+    GpusOption,
+    ParallelOption,
+    check_local,
+)
 from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
@@ -51,7 +58,7 @@ SHOWN = 20
 _NEIGHBORS = 100
 _WIDE = 300
 
-DECIDING, EXPLAINING, SCALING = "Deciding (at most one)", "Explaining", "Many processes"
+DECIDING, EXPLAINING = "Deciding (at most one)", "Explaining"
 
 
 class _Format(StrEnum):
@@ -144,35 +151,17 @@ def score(
             rich_help_panel=EXPLAINING,
         ),
     ] = None,
-    engine: Annotated[
-        Engine,
-        typer.Option(
-            "--engine",
-            help="ray: on this machine's cores, or a cluster; torchrun: the processes of that launcher. Both write a "
-            "folder of Parquet parts, and go on where they were.",
-            rich_help_panel=SCALING,
-        ),
-    ] = Engine.local,
-    parallel: Annotated[
-        int | None,
-        typer.Option("--parallel", metavar="N", min=1, help="Workers of Ray. Default: all.", rich_help_panel=SCALING),
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--ray-address", metavar="ADDRESS", help="Of a cluster; auto: this machine's.", rich_help_panel=SCALING
-        ),
-    ] = None,
-    gpus: Annotated[
-        float, typer.Option("--gpus-per-worker", min=0, help="That Ray keeps for each.", rich_help_panel=SCALING)
-    ] = 0,
+    engine: EngineOption = Engine.local,
+    parallel: ParallelOption = None,
+    address: AddressOption = None,
+    gpus: GpusOption = 0,
     image_column: Annotated[
         str | None,
         typer.Option(
             "--image-column",
             metavar="NAME",
             help="Of Parquet inputs: the image files' bytes. Default: image.",
-            rich_help_panel=SCALING,
+            rich_help_panel="Many processes",
         ),
     ] = None,
     model: ModelOption = None,
@@ -208,8 +197,7 @@ def score(
         scaled = _scaled.Scaled(engine, folder, parallel, address, gpus, image_column, batch_size)
         _scaled.score_scaled(make_runtime, images, root, scaled, quiet)
         return
-    if parallel is not None or address is not None or gpus or image_column is not None:
-        raise GroodError("--parallel, --ray-address, --gpus-per-worker and --image-column are for --engine ray")
+    check_local(parallel, address, gpus, image_column)
     target = None if output is None else Path(output)
     chosen = _format(format, target)
     explaining = explain or grid is not None

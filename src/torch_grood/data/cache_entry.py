@@ -55,21 +55,31 @@ class CacheEntry:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def steps(self, templates: Mapping[str, Columns], layer: str | None = None) -> _Steps:
-        """All batches in order; images are read where a journal, or the layer's sums, lack the batch."""
+    def steps(self, templates: Mapping[str, Columns], layer: str | None = None, batches: range | None = None) -> _Steps:
+        """Batches in order; images are read where a journal, or the layer's sums, lack the batch."""
+        self._open(templates)
+        if layer is not None and layer not in self._summed:
+            self.sums(layer)
+        summed = len(self) if layer is None else self._summed[layer]
+        return _Steps(self, summed, range(len(self)) if batches is None else batches)
+
+    def missing(self, templates: Mapping[str, Columns]) -> list[int]:
+        """Numbers of the batches that a journal lacks."""
+        self._open(templates)
+        return [batch for batch in range(len(self)) if not self._is_complete(batch, len(self))]
+
+    def _open(self, templates: Mapping[str, Columns]) -> None:
         self._journals = {
             name: Journal(self._folder, self._name, name, template, self._positions)
             for name, template in templates.items()
         }
-        if layer is not None and layer not in self._summed:
-            self.sums(layer)
-        return _Steps(self, len(self) if layer is None else self._summed[layer])
 
-    def _iterate(self, summed: int) -> Iterator[Step]:
-        loader, batch = self._loader, 0
-        self._report(summed)
+    def _iterate(self, summed: int, batches: range) -> Iterator[Step]:
+        loader, batch = self._loader, batches.start
+        if len(batches) == len(self):
+            self._report(summed)
         loader.restart()
-        while batch < len(self):
+        while batch < batches.stop:
             kept = self._kept(batch)
             if batch < summed and len(kept) == len(self._journals):
                 positions, reasons, _ = next(iter(kept.values()))
@@ -77,7 +87,8 @@ class CacheEntry:
                 yield Step(batch, positions, labels, None, _columns(kept))
                 batch += 1
                 continue
-            end = next((b for b in range(batch + 1, len(self)) if self._is_complete(b, summed)), len(self))
+            later = range(batch + 1, batches.stop)
+            end = next((b for b in later if self._is_complete(b, summed)), batches.stop)
             for images, labels, positions in loader.read(batch, end):
                 kept = self._kept(batch)
                 self._check_readable(positions, kept)
@@ -196,14 +207,14 @@ class CacheEntry:
 class _Steps:
     """The batches of an entry, of known number."""
 
-    def __init__(self, entry: CacheEntry, summed: int) -> None:
-        self._entry, self._summed = entry, summed
+    def __init__(self, entry: CacheEntry, summed: int, batches: range) -> None:
+        self._entry, self._summed, self._batches = entry, summed, batches
 
     def __len__(self) -> int:
-        return len(self._entry)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Step]:
-        return self._entry._iterate(self._summed)
+        return self._entry._iterate(self._summed, self._batches)
 
 
 def _columns(kept: Mapping[str, KeptBatch]) -> dict[str, Columns]:
