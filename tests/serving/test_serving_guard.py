@@ -64,6 +64,12 @@ def test_origins(origin: str, expected: int) -> None:
     assert status(Settings(), host="127.0.0.1:8000", origin=origin) == expected
 
 
+def test_behind_a_proxy_that_passes_its_name_on() -> None:
+    settings = Settings(allowed_hosts=("ood.example",))
+    assert status(settings, host="ood.example", origin="https://ood.example") == 200
+    assert status(settings, host="ood.example", origin="https://evil.example") == 403
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
