@@ -290,6 +290,17 @@ def test_paper_is_light_and_shows_everything(page: Any, pages: Path, tmp_path: P
     assert 2 <= len(re.findall(rb"/Type\s*/Page\b", content)) <= 12
 
 
+def test_no_column_is_cut_off_on_paper(page: Any) -> None:
+    # A4 with margins of a centimetre.
+    page.set_viewport_size({"width": 718, "height": 1000})
+    page.emulate_media(media="print")
+    cut = page.evaluate(
+        "[...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth + 1)"
+        ".map(one => one.getAttribute('aria-label'))"
+    )
+    assert cut == []
+
+
 def test_folded_rows_are_unfolded_on_paper(page: Any, pages: Path, tmp_path: Path) -> None:
     """The table of many classes: 40 at once, the others when asked for, all on paper."""
     from torch_grood.evaluation.tables import Cell, Grid

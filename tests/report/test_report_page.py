@@ -184,15 +184,18 @@ def test_galleries_show_the_hardest_images(world: World, page: Page, text: str) 
         order = scores.argsort(stable=True)[:8].tolist()
         paths = read_source(world.folder / name, None, "none").paths
         assert shown[start : start + 8] == ["/".join(Path(paths[at]).parts[-2:]) for at in order]
-    # The nearest training images, as the detector names them.
-    worst = int(world.detector.score(world.loader("test"), progress=False).argmax())
+    # Of each the nearest training images, as the detector names them.
     near = world.detector.explain(world.loader("test"), k=4, progress=False)
-    samples = near.neighbor[worst].tolist()
-    names = [Path(name or "").parts[-2:] for name in world.detector.sample_names(samples)]
+    worst = world.detector.score(world.loader("test"), progress=False).argsort(descending=True, stable=True)[:8]
+    samples = near.neighbor[worst].flatten().tolist()
+    names = ["/".join(Path(name or "").parts[-2:]) for name in world.detector.sample_names(samples)]
     titles = [one.attributes["title"] for one in page.all("span") if one.attributes.get("class") == "name"]
-    assert titles[:4] == [f"Training image {'/'.join(parts)}" for parts in names]
+    assert titles[:32] == [f"Training image {name}" for name in names]
+    assert len(set(names)) > 8
     distances = re.findall(r'class="name"[^>]*>[^<]*</span><span>([^<]*)</span>', text)
-    assert distances[:4] == [f"{math.exp(one):.2g}" for one in near.neighbor_log_distance[worst].tolist()]
+    assert distances[:32] == [f"{math.exp(one):.2g}" for one in near.neighbor_log_distance[worst].flatten().tolist()]
+    pictures = [one.attributes["src"] for one in page.all("img") if one.attributes["alt"].startswith("Image ")]
+    assert len(set(pictures)) == len(pictures) == 24
     assert 'class="gone"' not in text
 
 
