@@ -21,7 +21,8 @@ pytest.importorskip("matplotlib")
 from torch_grood import container
 from torch_grood.cli.report import _parted
 from torch_grood.cli.report import report as command
-from torch_grood.report import Options
+from torch_grood.evaluation.results import read_results, summary
+from torch_grood.report import Options, on_benchmark
 
 MODEL = ("--model", "nets.py:net")
 SETS = ("--known", "test", "--near", "Other digits=ood")
@@ -286,6 +287,17 @@ def test_results_with_their_scores(found: Path) -> None:
     shutil.copy("page.html", "first.html")
     assert run("report", "found/results.json", "-o", "page.html").code == 0
     assert words("page.html") == words("first.html")
+
+
+def test_grood_comes_first_wherever_it_stands(found: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = on_benchmark._by_auroc
+    monkeypatch.setattr(on_benchmark, "_by_auroc", lambda methods: order(methods)[::-1])
+    assert run("report", "found", "-o", "page.html").code == 0
+    scores = [one for one in headings("page.html") if one.startswith("Scores of")]
+    assert scores[0] == "Scores of GROOD"
+    labels = [one.label for one in order(summary(read_results("found/results.json")))[::-1]]
+    assert labels[0] != "GROOD"
+    assert scores[1:] == [f"Scores of {one}" for one in labels if one != "GROOD"][:2]
 
 
 def test_scores_of_another_run_are_not_drawn(found: Path) -> None:
