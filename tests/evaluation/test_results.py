@@ -12,6 +12,7 @@ import pytest
 from benchmark_results import SETS, comparison, figures, methods, results, run
 
 from torch_grood.errors import GroodError
+from torch_grood.evaluation.metrics import openood_metrics
 from torch_grood.evaluation.results import (
     FIGURES,
     OPENOOD_FIGURES,
@@ -20,6 +21,7 @@ from torch_grood.evaluation.results import (
     Extraction,
     GroupFigures,
     MethodResult,
+    OpenOODFigures,
     SearchPoint,
     Seconds,
     SetInfo,
@@ -42,6 +44,15 @@ def test_figures_are_shares(bad: float) -> None:
         replace(good, intervals={"auroc": (0.5, bad)})
     with pytest.raises(GroodError, match="classifier is"):
         Accuracy(bad)
+
+
+def test_a_perfect_ranking_has_figures_whatever_its_trapezoids_sum_to() -> None:
+    found = openood_metrics(np.arange(40) * 0.1, 100 + np.arange(20) * 0.1)
+    # As OpenOOD has it, to the last bit.
+    assert found.aupr_out > 1
+    assert OpenOODFigures(**found._asdict()).aupr_out == found.aupr_out
+    with pytest.raises(GroodError, match="expected a share"):
+        OpenOODFigures(**found._replace(aupr_out=1.001)._asdict())
 
 
 def test_bad_parts_are_refused() -> None:

@@ -11,12 +11,15 @@ __all__ = ["Interval", "check_interval", "check_seconds", "check_shares", "twice
 
 Interval = tuple[float, float]
 
+# OpenOOD's trapezoids of a perfect ranking may sum to a few units in the last place above 1, and are kept as they are.
+_ROUNDING = 1e-12
+
 
 def check_shares(shares: Mapping[str, float | None]) -> None:
     """Refuse what is no share; None is not known."""
     for name, value in shares.items():
         # NaN compares with nothing.
-        if value is not None and not 0 <= value <= 1:
+        if value is not None and not 0 <= value <= 1 + _ROUNDING:
             raise GroodError(f"{name} is {value}; expected a share, 0 to 1")
 
 
