@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models import cnn
 from torch_grood import GROOD, ClassSample, KCenterCoreset, Mixup, PrototypeMean
+from torch_grood.export import module
 from torch_grood.export.module import DetectorModule, Outputs
 from torch_grood.features import FeatureExtractor
 
@@ -27,6 +28,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "few": {"subset": ClassSample(n=1), "k": 2},
     "approximate": {"index": "IVF1,Flat"},
 }
+
+
+@pytest.fixture(params=[64, 2], autouse=True)
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Rows of a block of the search; with 64, few rows are searched without blocks."""
+    monkeypatch.setattr(module, "_BLOCK", request.param)
+    return int(request.param)
 
 
 def images(n: int, seed: int = 0) -> Tensor:
@@ -162,3 +170,41 @@ def test_without_a_calibration_there_are_no_decisions(network: nn.Module) -> Non
     extractor(training[:2])
     with torch.no_grad():
         assert len(DetectorModule(detector, extractor, None)(images(4, 1))) == len(Outputs._fields) - 2
+
+
+@pytest.mark.parametrize(
+    ("options", "in_blocks"),
+    [({}, True), ({"geometry": "raw"}, True), ({"store": "int8"}, False), ({"subset": ClassSample(n=2)}, False)],
+)
+def test_which_detectors_are_searched_in_blocks(
+    options: dict[str, Any], in_blocks: bool, network: nn.Module, block: int
+) -> None:
+    detector = fitted(network, **options)
+    assert detector.model is not None
+    extractor = FeatureExtractor(detector.model, detector.fit_info_.head)
+    extractor(images(2))
+    assert DetectorModule(detector, extractor, None)._in_blocks == (in_blocks and block == 2)
+
+
+def test_lengths_of_many_scales_are_not_searched_in_blocks() -> None:
+    torch.manual_seed(2)
+    detector = fitted(flat(1e4), outliers=PrototypeMean(), geometry="raw")
+    assert detector.model is not None
+    extractor = FeatureExtractor(detector.model, detector.fit_info_.head)
+    extractor(images(2))
+    assert not DetectorModule(detector, extractor, None)._in_blocks
+
+
+@pytest.mark.parametrize("n", range(140, 150))
+def test_rows_that_fill_a_block_up_are_never_found(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries that point away from all stored gradients, whose products are negative: zeros seem nearer."""
+    monkeypatch.setattr(module, "_BLOCK", 4)
+    generator = torch.Generator().manual_seed(n)
+    training = images(150)[:n]
+    model = flat().eval()
+    labels = model(training).argmax(1)
+    labels[:3] = torch.arange(3)
+    detector = GROOD(model, outliers=PrototypeMean(), geometry="raw", k=5).fit([(training, labels)], progress=False)
+    detector.calibrate(images(200, 1), fpr=0.2, progress=False)
+    away = 2 * detector.ood_prototype_.float() - training[torch.randint(n, (20,), generator=generator)].flatten(1)
+    check(detector, away.reshape(-1, 3, 8, 8))

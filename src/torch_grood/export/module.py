@@ -12,6 +12,10 @@ a fixed number of candidates. For unit directions at an angle with cosine c, and
 so that b (b - 2ac) orders the rows of a query. a and b are in units of the query's length, or of the k-th shortest
 gradient's if that is longer, by differences of logarithms: no scale of the features underflows. The product's rounding
 may order rows wrongly whose distances differ by about 1e-7; more candidates than are wanted leave room for these.
+
+Where the stored lengths are of one scale, b = s·B with a factor s of the query and a length B of the row, and the order
+is that of B (sB - 2ac): the parenthesis is one product of (-2au, s) and (g, B), with no exponential for each pair. The
+candidates are then looked for in the blocks of rows with the least minima alone: as many blocks as candidates suffice.
 """
 
 from __future__ import annotations
@@ -35,6 +39,9 @@ CANDIDATES = 8
 
 # Rows longer than e^40 of these units are not among the nearest, and their squares would overflow.
 _LONGEST = 40.0
+# Lengths within e^±30 of their median are of one scale.
+_ONE_SCALE = 30.0
+_BLOCK = 64
 
 
 class Outputs(NamedTuple):
@@ -67,6 +74,8 @@ class DetectorModule(nn.Module):
     class_ids: Tensor
     codes: Tensor
     scale: Tensor
+    rows: Tensor
+    length: Tensor
     log_norm: Tensor
     relative_norm: Tensor
     sample_ids: Tensor
@@ -88,17 +97,24 @@ class DetectorModule(nn.Module):
         self._add("classes", classes.T)
         self._add("class_squares", classes.square().sum(1))
         self._add("class_ids", state.class_ids)
-        self._add("codes", store.codes)
-        self._rounded = store.scale is not None
-        if store.scale is not None:
-            self._add("scale", store.scale)
         log_norm = store.log_norm()
         # Logarithms about 0 lose nothing in float32 where they matter.
         finite = log_norm[log_norm.isfinite()]
         self._centre = float(finite.median()) if len(finite) else 0.0
         self._least = store.smallest_log_norm(info.k)
         self._add("log_norm", log_norm)
-        self._add("relative_norm", (log_norm - self._centre).float())
+        self._n_rows, self._dim = len(store), store.dim
+        self._rounded = store.scale is not None
+        many = len(store) >= 2 * _BLOCK * (self._candidates + 1)
+        of_one_scale = len(finite) > 0 and float((finite - self._centre).abs().max()) <= _ONE_SCALE
+        self._in_blocks = many and of_one_scale and not self._rounded
+        if self._in_blocks:
+            self._add_rows(store.codes, (log_norm - self._centre).exp().float())
+        else:
+            self._add("codes", store.codes)
+            if store.scale is not None:
+                self._add("scale", store.scale)
+            self._add("relative_norm", (log_norm - self._centre).float())
         self._add("sample_ids", state.sample_ids)
         self.decides = threshold is not None
         if threshold is not None:
@@ -106,6 +122,12 @@ class DetectorModule(nn.Module):
 
     def _add(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor.detach().cpu().contiguous(), persistent=True)
+
+    def _add_rows(self, codes: Tensor, length: Tensor) -> None:
+        """(g, B) and B, with zeros up to a whole number of blocks."""
+        rows = functional.pad(torch.cat([codes, length[:, None]], dim=1), (0, 0, 0, -len(codes) % _BLOCK))
+        self._add("rows", rows)
+        self._add("length", rows[:, -1])
 
     def _add_threshold(self, threshold: ConformalThreshold, class_ids: Tensor) -> None:
         """Held-out scores, and for each class prototype the τ and the number of scores that count for it."""
@@ -160,16 +182,9 @@ class DetectorModule(nn.Module):
     def _search(self, log_magnitude: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
         """Log score, and the row of the nearest stored gradient."""
         unit = log_magnitude.clamp(min=self._least)
-        a = (log_magnitude - unit).exp().float()
-        b = (self.relative_norm - (unit - self._centre).float()[:, None]).clamp(max=_LONGEST).exp()
-        # Of a query at p_ood, which has no direction, the product is 0 and the order is that of b.
-        product = functional.linear(direction * (2 * a)[:, None], self.codes.float())
-        if self._rounded:
-            product = product * self.scale
-        candidate = (b * (b - product)).topk(self._candidates, dim=1, largest=False).indices
-        near = self.codes[candidate].float()
-        if self._rounded:
-            near = near * self.scale[candidate][..., None]
+        # Of a query at p_ood, which has no direction, the products are 0 and the order is that of b.
+        query = direction * (2 * (log_magnitude - unit).exp().float())[:, None]
+        candidate, near = (self._from_blocks if self._in_blocks else self._from_all)(query, unit)
         log_distance = _log_distance(
             torch.where(direction.abs().amax(1) > 0, log_magnitude, -torch.inf)[:, None],
             direction.double()[:, None],
@@ -178,6 +193,28 @@ class DetectorModule(nn.Module):
         )
         nearest, place = log_distance.topk(self._k, dim=1, largest=False)
         return _log_mean(nearest), candidate.gather(1, place[:, :1])[:, 0]
+
+    def _from_all(self, query: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates and their directions, from queries 2au in units e^unit."""
+        b = (self.relative_norm - (unit - self._centre).float()[:, None]).clamp(max=_LONGEST).exp()
+        product = functional.linear(query, self.codes.float())
+        if self._rounded:
+            product = product * self.scale
+        candidate = (b * (b - product)).topk(self._candidates, dim=1, largest=False).indices
+        near = self.codes[candidate].float()
+        return candidate, near * self.scale[candidate][..., None] if self._rounded else near
+
+    def _from_blocks(self, query: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, for lengths of one scale."""
+        s = (self._centre - unit).exp().float()[:, None]
+        order = functional.linear(torch.cat([-query, s], dim=1), self.rows) * self.length
+        # One block more: the last one may seem to have a least minimum because of the rows that only fill it up.
+        least = order.reshape(len(query), -1, _BLOCK).amin(2)
+        block = least.topk(self._candidates + 1, dim=1, largest=False).indices
+        row = (block[..., None] * _BLOCK + torch.arange(_BLOCK)).flatten(1)
+        few = order.gather(1, row).masked_fill(row >= self._n_rows, torch.inf)
+        candidate = row.gather(1, few.topk(self._candidates, dim=1, largest=False).indices)
+        return candidate, self.rows[candidate][..., : self._dim]
 
     def _decisions(self, log_score: Tensor, prototype: Tensor) -> tuple[Tensor, Tensor]:
         """p-value and decision."""
