@@ -299,6 +299,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--requests", type=int, default=50_000, help="of the run that counts them")
     parser.add_argument("--threads", type=int, help="of the model, bare and served; default: one a CPU")
+    parser.add_argument("--parallel", type=int, default=1, help="batches at the same time; see grood serve --help")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -316,6 +317,7 @@ def main() -> None:
         options += ["--model", arguments.model]
         options += [] if arguments.weights is None else ["--weights", str(arguments.weights)]
     options += [] if arguments.threads is None else ["--threads", str(arguments.threads)]
+    options += [] if arguments.parallel == 1 else ["--parallel", str(arguments.parallel)]
     with served(options) as (address, service):
         for at_once in arguments.at_once:
             compare(address, service, work, at_once, arguments.rounds, arguments.seconds, arguments.tries)

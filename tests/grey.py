@@ -20,6 +20,7 @@ REFUSED = 250
 class Grey:
     """A `Runtime` whose score is the grey of an image, OOD above 100; it notes the sizes of the batches."""
 
+    concurrent = True
     classes = ("dark", "light")
     transform = ImageTransform(None, None, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     fpr: float | None = 0.1

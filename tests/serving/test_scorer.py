@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -65,6 +66,28 @@ async def test_one_request_of_many_images_keeps_their_order() -> None:
     async with scoring(Grey(), batch_size=4, threads=3) as scorer:
         contents = [png(i, (1 + i % 3, 2)) for i in range(50)]
         assert greys(await scorer.score(contents)) == list(range(50))
+
+
+class Meeting(Grey):
+    """Whose first two calls wait for each other."""
+
+    def __init__(self) -> None:
+        calls, barrier = itertools.count(), threading.Barrier(2)
+        super().__init__(lambda: None if next(calls) > 1 else (barrier.wait(30), None)[1])
+
+
+@in_loop
+async def test_several_batches_of_one_request_at_the_same_time() -> None:
+    async with scoring(Meeting(), batch_size=1, threads=2, deciders=2) as scorer:
+        outcomes = await scorer.score([png(i) if i % 7 else b"no image" for i in range(40)])
+    assert greys(outcomes) == [i if i % 7 else None for i in range(40)]
+
+
+def test_only_a_runtime_that_can_decides_about_several_batches() -> None:
+    runtime = Grey()
+    runtime.concurrent = False
+    with pytest.raises(GroodError, match="one batch at a time"):
+        Scorer(runtime, deciders=2)
 
 
 @in_loop

@@ -131,6 +131,17 @@ def serve(
         int | None,
         typer.Option("--threads", min=1, help="That the model uses. Default: one a CPU.", rich_help_panel=MODEL),
     ] = None,
+    parallel: Annotated[
+        int,
+        typer.Option(
+            "--parallel",
+            metavar="N",
+            min=1,
+            help="Batches at the same time, each on --threads (default: the cores divided by N). For small networks "
+            "and many clients; of .onnx files.",
+            rich_help_panel=MODEL,
+        ),
+    ] = 1,
     batch_size: BatchSizeOption = 64,
     quiet: QuietOption = False,
 ) -> None:
@@ -160,8 +171,10 @@ def serve(
     if training_root is not None and is_onnx(detector):
         raise GroodError(f"{detector} does not name its training images; give --training-root with a .grood file")
     from torch_grood import serving
-    from torch_grood.data.pixels import default_threads
+    from torch_grood.data.pixels import default_threads, usable_cpus
 
+    if threads is None and parallel > 1:
+        threads = max(1, usable_cpus() // parallel)
     with reporting(quiet) as reporter:
         runtime = open_runtime(
             detector, model, weights, num_classes, transform, device, reporter, fpr=fpr, tau=tau, threads=threads
@@ -186,6 +199,7 @@ def serve(
             ),
             batch_size=batch_size,
             threads=default_threads(),
+            deciders=parallel,
             drift_window=drift_window,
             drift_level=drift_level,
             training_root=training_root,

@@ -52,9 +52,8 @@ class Decision(NamedTuple):
 class Runtime(Protocol):
     """Decides about images that are read and prepared.
 
-    One call at a time: what it holds is not made for several threads at once.
-
     Attributes:
+        concurrent: whether several threads may call at once; else one call at a time.
         classes: names of the classifier's classes.
         transform: of its images.
         fpr: false-alarm rate that `is_ood` promises; None if it promises none.
@@ -64,6 +63,7 @@ class Runtime(Protocol):
             prototype.
     """
 
+    concurrent: bool
     classes: tuple[str, ...]
     transform: ImageTransform
     fpr: float | None

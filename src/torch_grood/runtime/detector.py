@@ -32,6 +32,9 @@ class DetectorRuntime:
         GroodError: as `GROOD.predict`, for the rate or the threshold.
     """
 
+    # Hooks of the model belong to one pass.
+    concurrent = False
+
     def __init__(
         self, detector: GROOD, transform: ImageTransform, *, fpr: float | None = None, tau: float | None = None
     ) -> None:

@@ -62,6 +62,8 @@ class OnnxRuntime:
         GroodError: if the rate cannot be promised, or τ is no score.
     """
 
+    concurrent = True
+
     def __init__(
         self,
         path: str | os.PathLike[str],

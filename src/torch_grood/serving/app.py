@@ -64,6 +64,7 @@ class _Service:
             queue=settings.limits.queue,
             max_pixels=settings.limits.pixels,
             threads=settings.threads,
+            deciders=settings.deciders,
             on_batch=self.metrics.count_batch,
         )
         root = settings.training_root

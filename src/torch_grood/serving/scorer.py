@@ -1,9 +1,11 @@
 """Images of many requests, decided about together.
 
-    submit ──▶ threads that decode ──▶ one thread that decides, with what is ready, up to a batch ──▶ the event loop
+    submit ──▶ threads that decode ──▶ a thread that decides, with what is ready, up to a batch ──▶ the event loop
 
 Nothing waits for a batch to fill: while one is decided about, the next one gathers. So an image that comes alone is
-scored at once, and many make large batches. All that is counted is counted in the event loop.
+scored at once, and many make large batches. There may be several deciding threads: a small network keeps them all at
+work, where one batch on all cores would wait for the slowest of them again and again. All that is counted is counted in
+the event loop.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -75,18 +77,8 @@ class _Ticket:
     position: int
     content: bytes
     pixels: NDArray[np.uint8] | None = None
-    error: GroodError | None = None
-
-
-@dataclass(slots=True)
-class _Batch:
-    """What one batch has come to."""
-
-    size: int = 0
-    done: list[_Job] = field(default_factory=list)
-    # Of all tickets that are over, whether decided about or not.
-    finished: int = 0
-    failure: bool = False
+    # None in the end: nobody waits for it, or its batch failed.
+    outcome: Outcome | None = None
 
 
 class Scorer:
@@ -98,6 +90,7 @@ class Scorer:
         queue: images that wait, at most.
         max_pixels: that an image declares.
         threads: that decode.
+        deciders: threads that decide, each about a batch.
         on_batch: is told the size of each batch, in the event loop.
 
     Attributes:
@@ -113,6 +106,7 @@ class Scorer:
         queue: int = 1024,
         max_pixels: int = 50_000_000,
         threads: int = 1,
+        deciders: int = 1,
         on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
         self._runtime, self._batch_size, self._queue, self._on_batch = runtime, batch_size, queue, on_batch
@@ -126,7 +120,11 @@ class Scorer:
         self._decoders = [
             threading.Thread(target=self._decode, name=f"grood-decode-{i}", daemon=True) for i in range(threads)
         ]
-        self._decider = threading.Thread(target=self._decide, name="grood-decide", daemon=True)
+        if deciders > 1 and not runtime.concurrent:
+            raise GroodError("this detector decides about one batch at a time; leave --parallel out, or export it")
+        self._deciders = [
+            threading.Thread(target=self._decide, name=f"grood-decide-{i}", daemon=True) for i in range(deciders)
+        ]
         self._loop: asyncio.AbstractEventLoop | None = None
         self.waiting = 0
         self.failures = 0
@@ -134,22 +132,21 @@ class Scorer:
     def start(self) -> None:
         """Begin; called in the event loop."""
         self._loop = asyncio.get_running_loop()
-        for thread in (*self._decoders, self._decider):
+        for thread in (*self._decoders, *self._deciders):
             thread.start()
 
     @property
     def alive(self) -> bool:
         """Whether images are being decided about."""
-        return self._decider.is_alive() and all(thread.is_alive() for thread in self._decoders)
+        return all(thread.is_alive() for thread in (*self._decoders, *self._deciders))
 
     async def stop(self) -> None:
         """End when all that was submitted is done."""
-        for _ in self._decoders:
-            self._incoming.put(None)
-        for thread in self._decoders:
-            await asyncio.to_thread(thread.join)
-        self._ready.put(None)
-        await asyncio.to_thread(self._decider.join)
+        for threads, queue in ((self._decoders, self._incoming), (self._deciders, self._ready)):
+            for _ in threads:
+                queue.put(None)
+            for thread in threads:
+                await asyncio.to_thread(thread.join)
 
     async def score(self, contents: Sequence[bytes], neighbors: int = 1, seconds: float = 30.0) -> list[Outcome]:
         """Decide about image files.
@@ -190,11 +187,11 @@ class Scorer:
                     image = decode_image(ticket.content, "image", max_pixels=self._max_pixels)
                     ticket.pixels = self._runtime.transform.pixels(image)
                 except GroodError as error:
-                    ticket.error = error
+                    ticket.outcome = error
                 # Whatever a file can do, it must not end the thread.
                 except Exception as error:
                     log.exception("an image could not be decoded")
-                    ticket.error = BadImageError("image", f"cannot be decoded ({type(error).__name__})")
+                    ticket.outcome = BadImageError("image", f"cannot be decoded ({type(error).__name__})")
             ticket.content = b""
             if ticket.pixels is not None:
                 with self._room:
@@ -219,37 +216,28 @@ class Scorer:
                 except Empty:
                     break
             ended = ticket is None
-            batch = self._batch(tickets)
+            n_decided, failed = self._batch(tickets)
             with self._room:
                 self._decoded_bytes -= sum(one.pixels.nbytes for one in tickets if one.pixels is not None)
                 self._room.notify_all()
             try:
-                self._loop.call_soon_threadsafe(self._deliver, batch)
+                self._loop.call_soon_threadsafe(self._deliver, tickets, n_decided, failed)
             except RuntimeError:
                 # The loop is closed: nobody waits any more.
                 return
 
-    def _batch(self, tickets: Sequence[_Ticket]) -> _Batch:
-        batch = _Batch(finished=len(tickets))
+    def _batch(self, tickets: Sequence[_Ticket]) -> tuple[int, bool]:
+        """Decide about a batch; how many images were in it, and whether it failed."""
         readable = [ticket for ticket in tickets if ticket.pixels is not None and not ticket.job.given_up]
         images = [ticket.pixels for ticket in readable if ticket.pixels is not None]
         try:
             for ticket, decision in zip(readable, decide_each(self._runtime, images), strict=True):
-                ticket.job.outcomes[ticket.position] = self._scored(decision, ticket)
-            batch.size = len(readable)
+                ticket.outcome = self._scored(decision, ticket)
         # A graphics card that is lost, memory that is short: the service answers, and says so.
         except Exception:
             log.exception("a batch failed")
-            batch.failure = True
-            for ticket in readable:
-                ticket.job.failed = True
-        for ticket in tickets:
-            if ticket.error is not None:
-                ticket.job.outcomes[ticket.position] = ticket.error
-            ticket.job.left -= 1
-            if ticket.job.left == 0:
-                batch.done.append(ticket.job)
-        return batch
+            return 0, True
+        return len(readable), False
 
     def _scored(self, decision: Decision | GroodError, ticket: _Ticket) -> Outcome:
         if isinstance(decision, GroodError):
@@ -264,15 +252,22 @@ class Scorer:
             return error
         return Scored(decision, tuple(found[0].tolist()))
 
-    def _deliver(self, batch: _Batch) -> None:
-        self.waiting -= batch.finished
-        self.failures += batch.failure
-        if batch.size:
-            self._on_batch(batch.size)
-        for job in batch.done:
-            if job.future.done():
-                continue
-            if job.failed:
-                job.future.set_exception(RefusedError(500, "the service failed; its log says why"))
-            else:
-                job.future.set_result([outcome for outcome in job.outcomes if outcome is not None])
+    def _deliver(self, tickets: Sequence[_Ticket], n_decided: int, failed: bool) -> None:
+        self.waiting -= len(tickets)
+        self.failures += failed
+        if n_decided:
+            self._on_batch(n_decided)
+        for ticket in tickets:
+            job = ticket.job
+            job.outcomes[ticket.position] = ticket.outcome
+            job.failed = job.failed or (failed and ticket.pixels is not None)
+            job.left -= 1
+            if job.left == 0 and not job.future.done():
+                self._finish(job)
+
+    @staticmethod
+    def _finish(job: _Job) -> None:
+        if job.failed:
+            job.future.set_exception(RefusedError(500, "the service failed; its log says why"))
+        else:
+            job.future.set_result([outcome for outcome in job.outcomes if outcome is not None])

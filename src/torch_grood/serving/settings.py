@@ -25,6 +25,7 @@ class Settings:
         limits: of requests.
         batch_size: images that the runtime gets at a time, at most.
         threads: that decode images.
+        deciders: batches that are decided about at the same time, by a runtime that can (`Runtime.concurrent`).
         drift_window: images in each test for drift.
         drift_level: chance of a false alarm in each of these tests.
         training_root: folder of the training images, which the page may then show; None: it shows none.
@@ -39,6 +40,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     batch_size: int = 64
     threads: int = 1
+    deciders: int = 1
     drift_window: int = 1000
     drift_level: float = 0.001
     training_root: Path | None = None
