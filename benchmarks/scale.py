@@ -1,0 +1,220 @@
+"""Ray on one machine: images a second of one and of two workers beside the plain command; and random kills.
+
+    python benchmarks/scale.py score r20.onnx --images test/
+    python benchmarks/scale.py fit --model networks.py:resnet20 --weights r20.pt --train train/
+    python benchmarks/scale.py kills r20.onnx --images train/ --kills 20
+
+All that is compared takes turns, since machines are noisy. "Steady" is the rate from the first part to the last one,
+what a long job comes to; "all" counts the start of Ray and of the workers, too. After kills, each input must have one
+row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import ray
+import torch
+
+from torch_grood import GROOD
+from torch_grood.data import PRESETS, FeatureCache, ImageTransform, image_loader, read_source
+from torch_grood.features import FeatureExtractor
+from torch_grood.models import load_model
+from torch_grood.runtime import OnnxRuntime
+from torch_grood.scale import Job, inputs_of, score_on_ray
+from torch_grood.scale.filling import Filler, fill_on_ray
+from torch_grood.scale.job import Counts, score_span
+from torch_grood.scale.parts import Folder
+
+
+@dataclass
+class Pace:
+    """When how many images were done."""
+
+    began: float = field(default_factory=time.perf_counter)
+    done: list[tuple[float, int]] = field(default_factory=list)
+
+    def tell(self, images: int) -> None:
+        self.done.append((time.perf_counter(), images))
+
+    def tell_counts(self, counts: Counts) -> None:
+        self.tell(counts.images + counts.bad)
+
+    @property
+    def steady(self) -> float:
+        """Images a second from the first part to the last."""
+        return sum(n for _, n in self.done[1:]) / (self.done[-1][0] - self.done[0][0])
+
+    @property
+    def all(self) -> float:
+        """Images a second from the start."""
+        return sum(n for _, n in self.done) / (self.done[-1][0] - self.began)
+
+
+def make_runtime(detector: str) -> OnnxRuntime:
+    return OnnxRuntime(detector, threads=1)
+
+
+def score_one_process(detector: str, images: str) -> Pace:
+    """The same work in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(inputs_of([images]), Folder(folder), "benchmark")
+        runtime, pace = make_runtime(detector), Pace()
+        for span in job.begin():
+            pace.tell_counts(score_span(runtime, job.inputs.slice(span), span, job.folder, job.batch_size))
+    return pace
+
+
+def score_by(workers: int, detector: str, images: str) -> Pace:
+    with tempfile.TemporaryDirectory() as folder:
+        job, pace = Job(inputs_of([images]), Folder(folder), "benchmark"), Pace()
+        score_on_ray(job, partial(make_runtime, detector), workers=workers, tell=pace.tell_counts)
+    return pace
+
+
+@dataclass(frozen=True)
+class MakeFiller:
+    """For a worker."""
+
+    model: str
+    weights: Path
+    train: str
+    transform: ImageTransform
+    cache: Path
+
+    def __call__(self) -> Filler:
+        torch.set_num_threads(1)
+        loader = image_loader(read_source(self.train), self.transform, workers=0)
+        extractor = FeatureExtractor(load_model(self.model, self.weights, None).model)
+        return Filler(extractor, loader, FeatureCache(self.cache))
+
+
+def fit_one_process(make: MakeFiller) -> Pace:
+    """A plain fit on one thread, without a cache; all of it counts."""
+    torch.set_num_threads(1)
+    loader = image_loader(read_source(make.train), make.transform, workers=0)
+    detector, pace = GROOD(load_model(make.model, make.weights, None).model), Pace()
+    detector.fit(loader, progress=False)
+    pace.tell(0)
+    pace.tell(detector.fit_info_.n_samples)
+    return Pace(pace.began, [(pace.began, 0), pace.done[-1]])
+
+
+def fit_by(workers: int, make: MakeFiller) -> Pace:
+    """Features by workers, then the fit on them."""
+    with tempfile.TemporaryDirectory() as folder:
+        make = MakeFiller(make.model, make.weights, make.train, make.transform, Path(folder))
+        pace = Pace()
+        fill_on_ray(make, workers=workers, tell=pace.tell)
+        loader = image_loader(read_source(make.train), make.transform, workers=0)
+        detector = GROOD(load_model(make.model, make.weights, None).model)
+        detector.fit(loader, progress=False, cache=FeatureCache(make.cache))
+        pace.tell(0)
+    return pace
+
+
+def compare(one: Callable[[], Pace], by: Callable[[int], Pace], rounds: int) -> None:
+    """Print rates and ratios, medians over the rounds."""
+    found: dict[str, list[Pace]] = {"plain": [], "1 worker": [], "2 workers": []}
+    for _ in range(rounds):
+        for name, run in (("plain", one), ("1 worker", partial(by, 1)), ("2 workers", partial(by, 2))):
+            found[name].append(run())
+    for name, paces in found.items():
+        steady, whole = (statistics.median(getattr(pace, kind) for pace in paces) for kind in ("steady", "all"))
+        print(f"{name:<10} {steady:8,.0f} images/s steady, {whole:8,.0f} in all")
+    for title, a, b in (("2 workers / 1 worker", "2 workers", "1 worker"), ("1 worker / plain", "1 worker", "plain")):
+        ratios = [x.steady / y.steady for x, y in zip(found[a], found[b], strict=True)]
+        shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"{title}: {statistics.median(ratios):.2f} x steady (rounds: {shown})")
+
+
+def kill_workers(detector: str, images: str, kills: int) -> None:
+    """Kill a random worker again and again while a job runs; then count the rows of each input."""
+    with tempfile.TemporaryDirectory() as folder:
+        job, pace = Job(inputs_of([images]), Folder(folder), "benchmark"), Pace()
+        with killing(kills) as killed:
+            summary = score_on_ray(job, partial(make_runtime, detector), workers=2, tell=pace.tell_counts)
+        numbers = ds.dataset(f"{folder}/scores").to_table(columns=["number"])["number"].to_pylist()
+        once = sorted(numbers) == list(range(len(job.inputs)))
+        print(
+            f"{len(killed)} workers killed; {summary.images:,} of {summary.inputs:,} images scored, {summary.bad} left "
+            f"out; each exactly once: {once}; {pace.all:,.0f} images/s in all"
+        )
+
+
+@contextmanager
+def killing(kills: int) -> Iterator[list[int]]:
+    """While it lasts, kills so many workers at random times."""
+    over, killed, generator = threading.Event(), list[int](), random.Random(0)
+
+    def work() -> None:
+        while len(killed) < kills and not over.wait(generator.uniform(0.5, 2.5)):
+            pids = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_worker(pid)]  # noqa: PTH208
+            if pids:
+                killed.append(generator.choice(pids))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(killed[-1], signal.SIGKILL)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+
+
+def is_worker(pid: int) -> bool:
+    try:
+        return "ray::_Worker" in Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("score", "kills"):
+        command = commands.add_parser(name)
+        command.add_argument("detector", type=lambda path: str(Path(path).absolute()), help="an .onnx file")
+        command.add_argument("--images", required=True)
+        command.add_argument("--rounds", type=int, default=3)
+        command.add_argument("--kills", type=int, default=20)
+    fit = commands.add_parser("fit")
+    fit.add_argument("--model", required=True)
+    fit.add_argument("--weights", type=Path, required=True)
+    fit.add_argument("--train", required=True, help="class folders of 32 × 32 images")
+    fit.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    # The workers import this file's classes from where it lies.
+    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=here)
+    if arguments.command == "kills":
+        kill_workers(arguments.detector, arguments.images, arguments.kills)
+    elif arguments.command == "score":
+        one = partial(score_one_process, arguments.detector, arguments.images)
+        compare(one, lambda workers: score_by(workers, arguments.detector, arguments.images), arguments.rounds)
+    else:
+        file, _, factory = arguments.model.rpartition(":")
+        model = f"{Path(file).absolute()}:{factory}" if Path(file).is_file() else arguments.model
+        train = str(Path(arguments.train).absolute())
+        make = MakeFiller(model, arguments.weights.absolute(), train, PRESETS["cifar10"], Path())
+        compare(partial(fit_one_process, make), lambda workers: fit_by(workers, make), arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
