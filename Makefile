@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all lint format benchmark clean help
+.PHONY: demo test test-all lint format docs benchmark clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,8 +32,12 @@ format: $(INSTALLED)  ## format in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(INSTALLED)  ## the site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo open site/index.html
+
 benchmark: $(INSTALLED)  ## the speed of fit, score, gradients and import, as ratios
 	$(BIN)/python benchmarks/core.py
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) build dist grood-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site grood-demo .pytest_cache .mypy_cache .ruff_cache
