@@ -80,6 +80,18 @@ StoredTransformOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where the model runs.", rich_help_panel=MODEL)]
+FprOption = Annotated[
+    float | None,
+    typer.Option(
+        "--fpr",
+        metavar="RATE",
+        help="Another false-alarm rate than the detector's, promised by the same calibration.",
+    ),
+]
+TauOption = Annotated[
+    float | None,
+    typer.Option("--tau", metavar="SCORE", help="A threshold of your own: OOD above it. Nothing is promised."),
+]
 RootOption = Annotated[
     Path | None,
     typer.Option(

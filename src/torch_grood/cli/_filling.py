@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from torch_grood.cli._common import Device, Reporter, to_device
-from torch_grood.cli._scaled import Engine, whole_spec
+from torch_grood.cli._scaled import Engine, teller, whole_spec
 from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
     from torch_grood.data import ImageSource, ImageTransform
     from torch_grood.scale.filling import Filler
 
-__all__ = ["Filling", "MakeFiller", "fill"]
-
-_SAY_EVERY = 10.0
+__all__ = ["Filling", "MakeFiller", "check_filling", "fill"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def fill(sets: Sequence[MakeFiller], how: Filling, reporter: Reporter) -> bool:
 
     rank, world = rank_of_process() if how.engine is Engine.torchrun else (0, 1)
     for one in sets:
-        tell = _teller(len(one.source), world, reporter)
+        tell = teller(len(one.source), world, reporter)
         if how.engine is Engine.torchrun:
             fill_as_rank(one(), rank, world, tell=tell)
         else:
@@ -115,18 +112,3 @@ def check_filling(cache: Path | None, outliers: str) -> Path:
             "take another source"
         )
     return cache
-
-
-def _teller(n_images: int, world: int, reporter: Reporter) -> Callable[[int], None]:
-    began = time.monotonic()
-    done, next_time = 0, began + _SAY_EVERY
-
-    def tell(images: int) -> None:
-        nonlocal done, next_time
-        done += images
-        now = time.monotonic()
-        if now >= next_time:
-            next_time = now + _SAY_EVERY
-            reporter.say(f"{done:,} of about {n_images // world:,} images, {done / (now - began):,.0f} a second")
-
-    return tell

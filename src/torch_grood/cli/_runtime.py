@@ -11,7 +11,7 @@ from torch_grood.errors import GroodError
 if TYPE_CHECKING:
     from torch_grood.runtime import Runtime
 
-__all__ = ["is_onnx", "open_runtime", "refuse_model_options"]
+__all__ = ["is_onnx", "open_runtime", "refuse_model_options", "warn_uncalibrated"]
 
 
 def is_onnx(path: Path) -> bool:
@@ -62,6 +62,15 @@ def open_runtime(
     from torch_grood.runtime import OnnxRuntime
 
     return OnnxRuntime(path, fpr=fpr, tau=tau, threads=threads, shared=True)
+
+
+def warn_uncalibrated(runtime: Runtime, tau: float | None, reporter: Reporter) -> None:
+    """Say so where there will be no decisions."""
+    if runtime.fpr is None and tau is None:
+        reporter.warn(
+            "this detector is not calibrated: there will be scores and classes, but no p-values and decisions; run "
+            "grood calibrate, or give a threshold of your own: --tau"
+        )
 
 
 def refuse_model_options(

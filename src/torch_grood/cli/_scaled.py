@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from torch_grood.cli._common import Device, Reporter, reporting
-from torch_grood.cli._runtime import open_runtime
+from torch_grood.cli._runtime import open_runtime, warn_uncalibrated
 from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
     from torch_grood.runtime import Runtime
-    from torch_grood.scale import Job
     from torch_grood.scale.job import Counts
 
 __all__ = [
@@ -31,6 +30,7 @@ __all__ = [
     "check_local",
     "check_scaled",
     "score_scaled",
+    "teller",
     "whole_spec",
 ]
 
@@ -154,12 +154,15 @@ def score_scaled(make_runtime: MakeRuntime, images: Sequence[str], root: Path | 
     with reporting(quiet or rank > 0) as reporter:
         # Here, too: what is wrong is said before a cluster starts.
         runtime = make_runtime.open(reporter, threads=1)
-        if runtime.fpr is None and make_runtime.tau is None:
-            reporter.warn("this detector is not calibrated: there will be scores and classes, but no decisions")
+        warn_uncalibrated(runtime, make_runtime.tau, reporter)
         inputs = inputs_of(images, root, image_column=how.image_column)
         by = made_by(make_runtime.detector, runtime, make_runtime.tau)
         job = Job(inputs, Folder(how.output), by, how.batch_size)
-        tell = _teller(job, world, reporter)
+        say = teller(len(inputs), world, reporter)
+
+        def tell(counts: Counts) -> None:
+            say(counts.images + counts.bad)
+
         if how.engine is Engine.torchrun:
             summary = score_as_rank(job, runtime, rank, world, tell=tell)
         else:
@@ -203,21 +206,18 @@ def check_scaled(output: str | None, forbidden: Mapping[str, object]) -> str:
     return output
 
 
-def _teller(job: Job, world: int, reporter: Reporter) -> Callable[[Counts], None]:
-    """Says from time to time how far this process is."""
-    from torch_grood.scale.job import Counts
-
+def teller(n: int, world: int, reporter: Reporter) -> Callable[[int], None]:
+    """Says from time to time how far this process is, one of `world` that share n images; it is told how many more."""
     began = time.monotonic()
-    total, next_time = Counts(), began + _SAY_EVERY
+    done, next_time = 0, began + _SAY_EVERY
+    of = f"{n:,}" if world == 1 else f"about {n // world:,}"
 
-    def tell(counts: Counts) -> None:
-        nonlocal total, next_time
-        total = total.plus(counts)
+    def tell(images: int) -> None:
+        nonlocal done, next_time
+        done += images
         now = time.monotonic()
         if now >= next_time:
             next_time = now + _SAY_EVERY
-            done = total.images + total.bad
-            of = f"about {len(job.inputs) // world:,}" if world > 1 else f"{len(job.inputs):,}"
-            reporter.say(f"{done:,} of {of} inputs, {done / (now - began):,.0f} a second")
+            reporter.say(f"{done:,} of {of} images, {done / (now - began):,.0f} a second")
 
     return tell

@@ -12,12 +12,14 @@ from torch_grood.cli._common import (
     BatchSizeOption,
     Device,
     DeviceOption,
+    FprOption,
     ModelOption,
     NumClassesOption,
     QuietOption,
     RootOption,
     SkipBadOption,
     StoredTransformOption,
+    TauOption,
     WeightsOption,
     WorkersOption,
     check_output,
@@ -76,18 +78,8 @@ def report(
         list[str] | None,
         typer.Option("--images", metavar=_PATHS, help="Images of whatever kind.", rich_help_panel=SETS),
     ] = None,
-    fpr: Annotated[
-        float | None,
-        typer.Option(
-            "--fpr",
-            metavar="RATE",
-            help="Another false-alarm rate than the detector's, promised by the same calibration.",
-        ),
-    ] = None,
-    tau: Annotated[
-        float | None,
-        typer.Option("--tau", metavar="SCORE", help="A threshold of your own: OOD above it. Nothing is promised."),
-    ] = None,
+    fpr: FprOption = None,
+    tau: TauOption = None,
     title: Annotated[
         str | None, typer.Option("--title", metavar="TEXT", help="Of the page.", rich_help_panel=PAGE)
     ] = None,

@@ -17,14 +17,16 @@ from torch_grood.cli._common import (
     BatchSizeOption,
     Device,
     DeviceOption,
+    FprOption,
     ModelOption,
     NumClassesOption,
     QuietOption,
     StoredTransformOption,
+    TauOption,
     WeightsOption,
     reporting,
 )
-from torch_grood.cli._runtime import is_onnx, open_runtime
+from torch_grood.cli._runtime import is_onnx, open_runtime, warn_uncalibrated
 from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
@@ -71,18 +73,8 @@ def serve(
             "--no-token", help="Let anyone ask who reaches the address, if it is not loopback.", rich_help_panel=WHO
         ),
     ] = False,
-    fpr: Annotated[
-        float | None,
-        typer.Option(
-            "--fpr",
-            metavar="RATE",
-            help="Another false-alarm rate than the detector's, promised by the same calibration.",
-        ),
-    ] = None,
-    tau: Annotated[
-        float | None,
-        typer.Option("--tau", metavar="SCORE", help="A threshold of your own: OOD above it. Nothing is promised."),
-    ] = None,
+    fpr: FprOption = None,
+    tau: TauOption = None,
     training_root: Annotated[
         Path | None,
         typer.Option(
@@ -179,11 +171,7 @@ def serve(
         runtime = open_runtime(
             detector, model, weights, num_classes, transform, device, reporter, fpr=fpr, tau=tau, threads=threads
         )
-        if runtime.fpr is None and tau is None:
-            reporter.warn(
-                "this detector is not calibrated: there will be scores and classes, but no p-values and decisions; run "
-                "grood calibrate, or give a threshold of your own: --tau"
-            )
+        warn_uncalibrated(runtime, tau, reporter)
         settings = serving.Settings(
             host=host,
             port=port,

@@ -17,15 +17,17 @@ from torch_grood.cli._common import (
     BatchSizeOption,
     Device,
     DeviceOption,
+    FprOption,
     ModelOption,
     NumClassesOption,
     QuietOption,
     StoredTransformOption,
+    TauOption,
     WeightsOption,
     check_output,
     reporting,
 )
-from torch_grood.cli._runtime import open_runtime
+from torch_grood.cli._runtime import open_runtime, warn_uncalibrated
 from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
@@ -63,18 +65,8 @@ def watch(
     once: Annotated[
         bool, typer.Option("--once", help="Decide about what is there now and is not decided, then end.")
     ] = False,
-    fpr: Annotated[
-        float | None,
-        typer.Option(
-            "--fpr",
-            metavar="RATE",
-            help="Another false-alarm rate than the detector's, promised by the same calibration.",
-        ),
-    ] = None,
-    tau: Annotated[
-        float | None,
-        typer.Option("--tau", metavar="SCORE", help="A threshold of your own: OOD above it. Nothing is promised."),
-    ] = None,
+    fpr: FprOption = None,
+    tau: TauOption = None,
     done: Annotated[
         list[Path] | None,
         typer.Option("--done", metavar="FILE", help="An earlier --output: what has a line there is left out, too."),
@@ -154,11 +146,7 @@ def watch(
 
     with reporting(quiet) as reporter, interrupts() as interrupted, ExitStack() as stack:
         runtime = open_runtime(detector, model, weights, num_classes, transform, device, reporter, fpr=fpr, tau=tau)
-        if runtime.fpr is None and tau is None:
-            reporter.warn(
-                "this detector is not calibrated: there will be scores and classes, but no p-values and decisions; run "
-                "grood calibrate, or give a threshold of your own: --tau"
-            )
+        warn_uncalibrated(runtime, tau, reporter)
         by = watching.made_by(detector, runtime, tau)
         kind: Kind = "pipe" if source == _STDIN else "folder" if Path(source).is_dir() else "stream"
         journal = stack.enter_context(watching.opened_journal(output, by, kind, done or ()))
