@@ -22,6 +22,7 @@ __all__ = [
     "checked_rate",
     "exceedance_p_value",
     "flagged",
+    "flagged_law",
     "least_rejections",
     "promised",
     "rank_of",
@@ -151,12 +152,12 @@ def exceedance_p_value(rate: float, sizes: Mapping[int, int], counts: Mapping[in
     total = np.ones(1)
     for group, count in counts.items():
         if group in sizes:
-            total = np.convolve(total, _beta_binomial(count, rank_of(rate, sizes[group]), sizes[group]))
+            total = np.convolve(total, flagged_law(count, rank_of(rate, sizes[group]), sizes[group]))
     return float(min(1.0, total[flagged:].sum()))
 
 
-def _beta_binomial(images: int, rank: int, n: int) -> NDArray[np.float64]:
-    """P(K = 0), …, P(K = images), from the quotient of each to the one before."""
+def flagged_law(images: int, rank: int, n: int) -> NDArray[np.float64]:
+    """P(K = 0), …, P(K = images) of the law above, with m = rank, from the quotient of each to the one before."""
     rest = n + 1 - rank
     j = np.arange(images, dtype=np.float64)
     steps = np.log((images - j) * (rank + j)) - np.log((j + 1) * (rest + images - j - 1))

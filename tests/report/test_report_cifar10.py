@@ -71,7 +71,7 @@ def test_promised_and_observed_agree(text: str) -> None:
     rank = rank_of(0.05, 1000)
     law = betabinom(9000, rank, 1001 - rank)
     assert law.ppf(0.0005) <= int(found[1].replace(",", "")) <= law.ppf(0.9995)
-    assert "That agrees with the promise" in page
+    assert "That does not speak against the promise" in page
 
 
 def test_far_images_are_told_better_than_near_ones(text: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from torch_grood._conformal import flagged_law
 from torch_grood._optional import require
 from torch_grood._text import plain
 from torch_grood.report.svg import BACK, FAINT, GRID, INK, drawing, in_svg, series
@@ -195,11 +196,11 @@ def promise_curve(p_values: NDArray[np.float64], rate: float, n_calibration: int
     with drawing("promise", (5.6, 4.2), "Promised and observed false alarms; the table has the numbers") as found:
         axes = found.figure.add_axes((0.16, 0.13, 0.79, 0.84))
         if n_calibration is not None:
-            law = require("scipy.stats", extra="report").betabinom
             ranks = np.arange(1, n_calibration + 1)
             ranks = ranks[ranks / (n_calibration + 1) <= most]
             ranks = ranks[:: max(1, len(ranks) // 150)]
-            band = [law.ppf(level, n, ranks, n_calibration + 1 - ranks) / n for level in (0.025, 0.975)]
+            laws = (np.cumsum(flagged_law(n, int(rank), n_calibration)) for rank in ranks)
+            band = np.array([np.searchsorted(law, (0.025, 0.975)) for law in laws]).T / n
             axes.fill_between(ranks / (n_calibration + 1), *band, color=GRID, alpha=0.6, linewidth=0)
         axes.plot([0, most], [0, most], color=FAINT, linewidth=1, linestyle=(0, (4, 2)), label="promised, on average")
         axes.plot(rates, observed, color=series(0), linewidth=1.8, label=f"observed, {n:,} images")

@@ -158,6 +158,7 @@ class _Report:
         self.unknown = [one for one in sets if one.is_unknown]
         self.colours = _colours(sets)
         self._progress = progress
+        self._lacks_training = False
 
     def page(self, file: Path | None) -> str:
         """The whole page."""
@@ -305,7 +306,7 @@ class _Report:
         share_of = f"{count:,} of {len(known):,} known images are flagged: {flagged_share(known)} %."
         verdict = f"At the promised {rate:g} %, {share_of} "
         if chance > _DOUBT:
-            verdict += "That agrees with the promise."
+            verdict += "That does not speak against the promise."
         else:
             verdict += (
                 f"So many happen with a chance of {chance:.2g} at most if these images are like those of the "
@@ -348,9 +349,21 @@ class _Report:
         )
         n = len(points)
         explanation = self.detector.explain_features(looked.features[n:], _NEIGHBORS, 1) if len(picked) > n else None
+        galleries = list(self._galleries(hardest, looked.pictures[n:], explanation))
         return self._views(points, Closer(looked.pictures[:n], looked.features[:n])) | {
-            "galleries": list(self._galleries(hardest, looked.pictures[n:], explanation))
+            "galleries": galleries,
+            "galleries_note": self._galleries_note(),
         }
+
+    def _galleries_note(self) -> str:
+        notes = []
+        if len(self.sets) > _GALLERY_SETS:
+            notes.append(f"Of the first {_GALLERY_SETS} sets.")
+        if self._lacks_training:
+            notes.append(
+                "Training images that are marked ? are not where they were; --training-root says where they are."
+            )
+        return " ".join(notes)
 
     def _hardest(self) -> Iterator[tuple[int, list[int], bool]]:
         """Of each set the images that are most unlike what the set is, and whether these have the lowest scores."""
@@ -434,6 +447,7 @@ class _Report:
 
     def _neighbor(self, sample: int, name: str | None, log_distance: float, *, is_small: bool) -> dict[str, Any]:
         picture = training_picture(name, self.options.training_root)
+        self._lacks_training = self._lacks_training or (picture is None and name is not None)
         shown = f"number {sample}" if name is None else _short(name)
         return {
             "picture": picture,
