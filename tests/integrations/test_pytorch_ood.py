@@ -348,7 +348,8 @@ def test_the_code_of_the_page_runs(
     net: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```$", page.partition("## pytorch-ood")[2], flags=re.MULTILINE | re.DOTALL)
+    section = page.partition("## pytorch-ood")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```python\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
     assert len(blocks) == 3
 
     def benchmark(root: str, transform: Any) -> Patterns:
