@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_grood.gradients import PolarGradients
+
+# Clusters of several tests begin at the same time, and each would make the token that all of them read.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 MakeGradients = Callable[..., PolarGradients]
 BruteForce = Callable[[PolarGradients, PolarGradients], NDArray[np.float64]]

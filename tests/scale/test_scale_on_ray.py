@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -43,6 +44,8 @@ def cluster() -> Iterator[None]:
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
+    # What is left of its processes complains here, and not in some later test.
+    gc.collect()
 
 
 def job_of(tmp_path: Path, span: int = 8) -> Job:
