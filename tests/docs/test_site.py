@@ -213,10 +213,12 @@ def test_pages_in_a_browser(address: str, scheme: str) -> None:
 @pytest.mark.slow
 def test_the_search_finds_a_page(address: str) -> None:
     with browser_page() as (page, complaints):
-        page.goto(f"{address}/index.html")
+        # The index is read before anything is asked of it.
+        page.goto(f"{address}/index.html", wait_until="networkidle")
         page.locator("input.md-search__input").click()
-        page.locator("input.md-search__input").fill("threshold for each class")
-        page.locator(".md-search-result__item").first.wait_for(timeout=20_000)
+        page.wait_for_load_state("networkidle")
+        page.locator("input.md-search__input").press_sequentially("threshold for each class", delay=20)
+        page.locator(".md-search-result__item").first.wait_for(timeout=120_000)
         assert "decide.html" in str(page.locator(".md-search-result__list").inner_html())
         assert complaints == []
 
