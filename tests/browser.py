@@ -31,6 +31,8 @@ def browser_page(**options: Any) -> Iterator[tuple[Any, list[str]]]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*_QUIET])
         try:
             page, complaints = browser.new_page(**options), []
+            # A machine that does much else is slow, and not wrong.
+            page.set_default_timeout(120_000)
             page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
             page.on("pageerror", lambda error: complaints.append(str(error)))
             page.on("requestfailed", lambda request: complaints.append(f"{request.url}: {request.failure}"))
