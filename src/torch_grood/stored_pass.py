@@ -23,13 +23,13 @@ from torch import Tensor
 
 from torch_grood._progress import Progress, track
 from torch_grood.errors import GroodError
-from torch_grood.feature_store import Columns, FeatureStore, Step, StoredPass, Sums
+from torch_grood.feature_store import Columns, FeatureStore, Step, Sums
 from torch_grood.features import Extraction, FeatureExtractor, model_fingerprint
 from torch_grood.outliers import content_keys
 from torch_grood.provenance import content_hashes
 from torch_grood.training_pass import Members, TrainingPass, shape_and_range
 
-__all__ = ["StoredExtraction", "missing_batches", "run_stored", "stored_extractions", "stored_scores"]
+__all__ = ["FeaturePass", "StoredExtraction", "run_stored", "stored_extractions", "stored_scores"]
 
 # To be raised when the same model and images come to have other features or other content numbers.
 FEATURES_VERSION = 1
@@ -155,63 +155,74 @@ class StoredExtraction(NamedTuple):
     shape: tuple[int, ...]
 
 
-def stored_extractions(
-    extractor: FeatureExtractor,
-    loader: Iterable[Any],
-    store: FeatureStore,
-    *,
-    left_out: Sequence[int] = (),
-    batches: range | None = None,
-    progress: Progress = None,
-    description: str = "extract",
-) -> Generator[StoredExtraction]:
-    """Features of the loader's images, batch by batch; batches without an image are passed over.
+class FeaturePass:
+    """The features of one loader's images in one store, which is opened once: that looks at every file of the loader.
 
     Args:
         extractor: of the model.
         loader: of known files.
         store: takes what it does not have.
         left_out: images with these labels are passed over.
-        batches: numbers of the batches that are wanted, side by side; None: all.
-        progress: see `GROOD.fit`.
-        description: of the progress bar.
 
     Raises:
         GroodError: if the store does not take the loader, or cannot be written.
     """
-    stored, template = _opened(extractor, loader, store, left_out)
-    unwanted = torch.tensor(list(left_out), dtype=torch.int64)
-    for step in track(stored.steps({_FEATURES: template}, batches=batches), progress, description):
-        columns = step.kept.get(_FEATURES)
-        if columns is None:
-            assert step.images is not None
-            wanted = ~torch.isin(step.labels, unwanted)
-            images = step.images if bool(wanted.all()) else step.images[wanted]
-            columns = _features(extractor(images), images) if len(images) else template
-            stored.keep(step, _FEATURES, columns)
-            stored.flush(force=False)
-        if len(columns["features"]):
-            found = Extraction(columns["features"], columns["logits"])
-            yield StoredExtraction(found, columns["hashes"], tuple(columns["shape"][0].tolist()))
-    stored.flush(force=True)
+
+    def __init__(
+        self, extractor: FeatureExtractor, loader: Iterable[Any], store: FeatureStore, left_out: Sequence[int] = ()
+    ) -> None:
+        first = _checked(store).first_image(loader)
+        probe = extractor(first)
+        self._extractor = extractor
+        self._stored = store.open(loader, _key(extractor, probe, left_out), probe)
+        self._template = _none_of(_features(probe, first))
+        self._unwanted = torch.tensor(list(left_out), dtype=torch.int64)
+
+    def missing(self) -> list[int]:
+        """Numbers of the batches whose features are not kept."""
+        return self._stored.missing({_FEATURES: self._template})
+
+    def extractions(
+        self, batches: range | None = None, *, progress: Progress = None, description: str = "extract"
+    ) -> Generator[StoredExtraction]:
+        """Features batch by batch; batches without an image are passed over.
+
+        Args:
+            batches: numbers of those that are wanted, side by side; None: all.
+            progress: see `GROOD.fit`.
+            description: of the progress bar.
+
+        Raises:
+            GroodError: for images that cannot be read, or a store that cannot be written.
+        """
+        stored, template = self._stored, self._template
+        for step in track(stored.steps({_FEATURES: template}, batches=batches), progress, description):
+            columns = step.kept.get(_FEATURES)
+            if columns is None:
+                assert step.images is not None
+                wanted = ~torch.isin(step.labels, self._unwanted)
+                images = step.images if bool(wanted.all()) else step.images[wanted]
+                columns = _features(self._extractor(images), images) if len(images) else template
+                stored.keep(step, _FEATURES, columns)
+                stored.flush(force=False)
+            if len(columns["features"]):
+                found = Extraction(columns["features"], columns["logits"])
+                yield StoredExtraction(found, columns["hashes"], tuple(columns["shape"][0].tolist()))
+        stored.flush(force=True)
 
 
-def missing_batches(
-    extractor: FeatureExtractor, loader: Iterable[Any], store: FeatureStore, *, left_out: Sequence[int] = ()
-) -> list[int]:
-    """Numbers of the loader's batches of which the store has no features; arguments and errors as above."""
-    stored, template = _opened(extractor, loader, store, left_out)
-    return stored.missing({_FEATURES: template})
-
-
-def _opened(
-    extractor: FeatureExtractor, loader: Iterable[Any], store: FeatureStore, left_out: Sequence[int]
-) -> tuple[StoredPass, Columns]:
-    """What the store has of the loader's images, and the columns of features, without rows."""
-    first = _checked(store).first_image(loader)
-    probe = extractor(first)
-    stored = store.open(loader, _key(extractor, probe, left_out), probe)
-    return stored, _none_of(_features(probe, first))
+def stored_extractions(
+    extractor: FeatureExtractor,
+    loader: Iterable[Any],
+    store: FeatureStore,
+    *,
+    left_out: Sequence[int] = (),
+    progress: Progress = None,
+    description: str = "extract",
+) -> Generator[StoredExtraction]:
+    """Features of all of the loader's images; arguments and errors as of `FeaturePass`."""
+    opened = FeaturePass(extractor, loader, store, left_out)
+    yield from opened.extractions(progress=progress, description=description)
 
 
 def stored_scores(

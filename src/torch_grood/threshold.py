@@ -81,8 +81,7 @@ class ConformalThreshold:
 
     def at(self, fpr: float, *, describe: Callable[[int], str] = str) -> ConformalThreshold:
         """Another operating point from the same scores; `describe` and errors as in `fit`."""
-        sizes = {group: len(scores) for group, scores in self._parts.items()}
-        fpr = promised(fpr, sizes, grouped=self.groups is not None, describe=describe)
+        fpr = promised(fpr, self.group_sizes, grouped=self.groups is not None, describe=describe)
         return replace(self, fpr=fpr)
 
     @property
@@ -94,6 +93,11 @@ class ConformalThreshold:
     def group_ids(self) -> Tensor:
         """The groups that the calibration knows, ascending int64 (G,); [0] without groups."""
         return torch.tensor(list(self._parts))
+
+    @property
+    def group_sizes(self) -> dict[int, int]:
+        """Number of held-out samples of each of `group_ids`."""
+        return {group: len(scores) for group, scores in self._parts.items()}
 
     @property
     def log_taus(self) -> Tensor:

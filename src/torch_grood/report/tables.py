@@ -118,14 +118,11 @@ def promise_grid(known: ScoredSet, threshold: ConformalThreshold) -> Grid | None
 def exceedance(known: ScoredSet, threshold: ConformalThreshold) -> float:
     """Chance of as many flagged images as these, or more, if they are like those of the calibration."""
     assert known.is_ood is not None
-    if threshold.groups is None:
-        sizes, counts = {0: threshold.n}, {0: len(known)}
-    else:
-        ids, held_out = np.unique(threshold.groups.numpy(), return_counts=True)
-        sizes = dict(zip(ids.tolist(), held_out.tolist(), strict=True))
+    counts = {0: len(known)}
+    if threshold.groups is not None:
         ids, seen = np.unique(known.prototype_label, return_counts=True)
         counts = dict(zip(ids.tolist(), seen.tolist(), strict=True))
-    return exceedance_p_value(threshold.fpr, sizes, counts, int(known.is_ood.sum()))
+    return exceedance_p_value(threshold.fpr, threshold.group_sizes, counts, int(known.is_ood.sum()))
 
 
 def class_grid(known: ScoredSet, unknown: Sequence[ScoredSet], classes: Sequence[str]) -> Grid:

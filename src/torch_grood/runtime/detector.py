@@ -54,8 +54,7 @@ class DetectorRuntime:
         self.n_calibration = None if threshold is None else threshold.n
         self.class_sizes: Mapping[int, int] | None = None
         if threshold is not None and threshold.groups is not None:
-            groups, sizes = torch.unique_consecutive(threshold.groups, return_counts=True)
-            self.class_sizes = dict(zip(groups.tolist(), sizes.tolist(), strict=True))
+            self.class_sizes = threshold.group_sizes
         self.log_tau: float | None = None
         if tau is not None:
             self.log_tau = float(np.log(tau)) if tau else -np.inf

@@ -10,12 +10,12 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch_grood.errors import GroodError
 from torch_grood.outliers import PrototypeMean
 from torch_grood.scale.pool import LIVES, Pool, cluster
-from torch_grood.stored_pass import missing_batches, stored_extractions
+from torch_grood.stored_pass import FeaturePass
 from torch_grood.training_pass import TrainingPass
 
 if TYPE_CHECKING:
@@ -46,16 +46,17 @@ class Filler:
         cache: FeatureCache,
         classes: Sequence[int | str] | None = None,
     ) -> None:
-        self._extractor, self._loader, self._cache = extractor, loader, cache
-        self._left_out: list[int] = []
+        self._extractor, self._loader = extractor, loader
+        left_out: list[int] = []
         if classes is not None:
             passed = TrainingPass(extractor, PrototypeMean(), 0, loader, classes)
             passed.start(cache.first_image(loader))
-            self._left_out = passed.left_out()
+            left_out = passed.left_out()
+        self._pass = FeaturePass(extractor, loader, cache, left_out)
 
     def missing(self) -> list[range]:
         """What is not kept, in pieces."""
-        batches = missing_batches(self._extractor, self._loader, self._cache, left_out=self._left_out)
+        batches = self._pass.missing()
         found: list[range] = []
         for batch in batches:
             if found and found[-1].stop == batch and len(found[-1]) < _PIECE:
@@ -66,10 +67,8 @@ class Filler:
 
     def fill(self, piece: range) -> int:
         """Compute and keep the features of some batches; the number of images."""
-        options: dict[str, Any] = {"left_out": self._left_out, "batches": piece, "progress": False}
         with self._extractor.evaluation():
-            parts = stored_extractions(self._extractor, self._loader, self._cache, **options)
-            return sum(len(part.hashes) for part in parts)
+            return sum(len(part.hashes) for part in self._pass.extractions(piece, progress=False))
 
     def names(self, piece: range) -> tuple[str, str]:
         """The first and the last file of some batches."""

@@ -232,17 +232,14 @@ def _parquet_inputs(files: Sequence[str], image_column: str | None, name_column:
 def _image_column(file: str, schema: Any, arrow: Any) -> str:
     if "image" in schema.names:
         return "image"
-    of_bytes = [field.name for field in schema if arrow.types.is_binary(field.type) or _is_large(field.type, arrow)]
+    types = arrow.types
+    of_bytes = [one.name for one in schema if types.is_binary(one.type) or types.is_large_binary(one.type)]
     if len(of_bytes) != 1:
         raise GroodError(
             f"{file}: no column is called image, and {len(of_bytes)} hold bytes, of {', '.join(schema.names)}; name "
             "the one with the image files: --image-column"
         )
     return str(of_bytes[0])
-
-
-def _is_large(type_: Any, arrow: Any) -> bool:
-    return bool(arrow.types.is_large_binary(type_))
 
 
 def _parquet_files(path: str) -> list[str]:
