@@ -9,6 +9,7 @@
   const spoken = document.getElementById("pointed");
   const views = [...document.querySelectorAll(".points")];
   const hidden = new Set();
+  let shown = null;
   const REACH = 18;
   const SHOWN = 112;
   const SVG = "http://www.w3.org/2000/svg";
@@ -42,7 +43,17 @@
     return new DOMPoint(x, y).matrixTransform(svg.getScreenCTM());
   };
 
+  const put = () => {
+    const point = onScreen(shown.view, shown.i);
+    const { width, height } = tip.getBoundingClientRect();
+    const left = point.x + 16 + width > innerWidth ? point.x - 16 - width : point.x + 16;
+    const top = Math.min(Math.max(8, point.y - height / 2), innerHeight - height - 8);
+    tip.style.left = `${Math.max(8, left)}px`;
+    tip.style.top = `${top}px`;
+  };
+
   const show = (view, i) => {
+    shown = { view, i };
     rings.forEach((ring, at) => {
       const [x, y] = data[views[at].dataset.view][i];
       ring.setAttribute("cx", x);
@@ -53,15 +64,11 @@
     tile.style.backgroundPosition = `-${column * SHOWN}px -${row * SHOWN}px`;
     text.textContent = describe(i);
     tip.hidden = false;
-    const point = onScreen(view, i);
-    const { width, height } = tip.getBoundingClientRect();
-    const left = point.x + 16 + width > innerWidth ? point.x - 16 - width : point.x + 16;
-    const top = Math.min(Math.max(8, point.y - height / 2), innerHeight - height - 8);
-    tip.style.left = `${Math.max(8, left)}px`;
-    tip.style.top = `${top}px`;
+    put();
   };
 
   const leave = () => {
+    shown = null;
     tip.hidden = true;
     rings.forEach((ring) => { ring.style.display = "none"; });
   };
@@ -105,7 +112,15 @@
       spoken.textContent = describe(seen[to]).replaceAll("\n", "; ");
     });
   }
-  addEventListener("scroll", leave, { passive: true });
+  // Focus scrolls too, and the event may come after a key: the tip goes with its point until that is out of sight.
+  const follow = () => {
+    if (shown === null) return;
+    const { x, y } = onScreen(shown.view, shown.i);
+    if (x < 0 || y < 0 || x > innerWidth || y > innerHeight) leave();
+    else put();
+  };
+  addEventListener("scroll", follow, { passive: true, capture: true });
+  addEventListener("resize", follow);
 
   for (const box of document.querySelectorAll(".toggles input")) {
     box.addEventListener("change", () => {
