@@ -96,15 +96,20 @@ class Container:
         header: the JSON.
         tensors: by name, memory-mapped; without "checksums".
         guards: of those tensors that have not been checked yet.
+        digest: SHA-256 of the JSON, in hexadecimal, which every byte hangs on; "" in formats without checksums.
     """
 
     header: dict[str, Any]
     tensors: dict[str, Tensor]
     guards: dict[str, Guard]
+    digest: str = ""
 
 
-def write(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def write(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """Write a file whole or not at all; the same content gives the same bytes.
+
+    Returns:
+        `Container.digest`.
 
     Raises:
         GroodError: if the folder cannot be written to, or the header is not JSON.
@@ -134,12 +139,14 @@ def write(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Non
             f"the detector's metadata and names of classes take {len(text):,} bytes, and a file holds "
             f"{_LONGEST_HEADER - 2**16:,}; keep less in detector.metadata"
         )
-    text = f"{hashlib.sha256(text.encode()).hexdigest()} {text}"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    text = f"{digest} {text}"
     with replacing(path) as temporary:
         try:
             save_file(tensors | {_CHECKSUMS: checksums}, temporary, metadata={_KEY: text})
         except SafetensorError as error:
             raise GroodError(f"cannot write {path}: {error}") from error
+    return digest
 
 
 def read(path: Path, version: int, *, lazy: Iterable[str] = (), eager_bytes: int = 256 * 2**20) -> Container:
@@ -167,7 +174,7 @@ def read(path: Path, version: int, *, lazy: Iterable[str] = (), eager_bytes: int
             if len(file.keys()) > _MOST_TENSORS:
                 raise AlteredFileError(f"{path} has {len(file.keys()):,} tensors; it was altered")
             metadata = file.metadata() or {}
-            header = _header(path, metadata, version)
+            header, digest = _header(path, metadata, version)
             tensors = _tensors(path, file)
     except SafetensorError as error:
         raise _diagnosis(path, error) from None
@@ -180,7 +187,7 @@ def read(path: Path, version: int, *, lazy: Iterable[str] = (), eager_bytes: int
     for name, guard in guards.items():
         if name not in left:
             guard.check_all()
-    return Container(header, tensors, {name: guard for name, guard in guards.items() if name in left})
+    return Container(header, tensors, {name: guard for name, guard in guards.items() if name in left}, digest)
 
 
 def _tensors(path: Path, file: Any) -> dict[str, Tensor]:
@@ -236,7 +243,8 @@ def _finite(text: str) -> float:
     return number
 
 
-def _header(path: Path, metadata: dict[str, str], newest: int) -> dict[str, Any]:
+def _header(path: Path, metadata: dict[str, str], newest: int) -> tuple[dict[str, Any], str]:
+    """The JSON, and its hash."""
     if _KEY not in metadata:
         raise FormatError(f"{path} is a safetensors file, but no detector of torch-grood")
     expected, space, text = metadata[_KEY].partition(" ")
@@ -260,7 +268,7 @@ def _header(path: Path, metadata: dict[str, str], newest: int) -> dict[str, Any]
     if (version >= _FIRST_CHECKED) != is_checked:
         raise AlteredFileError(f"{path}: the checksum of the header is missing; copy the file again, or fit again")
     assert isinstance(header, dict)
-    return header
+    return header, expected if is_checked else ""
 
 
 def _guards(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Guard]:

@@ -32,7 +32,16 @@ from torch_grood.feature_store import FeatureStore
 from torch_grood.features import Extraction, FeatureExtractor, ModelFingerprint, model_fingerprint, unwrap
 from torch_grood.geometry import SquareSum, checked_geometry, placed
 from torch_grood.gradients import PolarGradients
-from torch_grood.neighbors import GradientIndex, IndexQuality, StoreOptions, Subset, log_mean, make_index
+from torch_grood.neighbors import (
+    GradientIndex,
+    GradientSearcher,
+    IndexQuality,
+    StoreOptions,
+    Subset,
+    log_mean,
+    make_index,
+)
+from torch_grood.neighbors.sharded import MergedSearcher, ShardFiles
 from torch_grood.neighbors.store import as_store_options
 from torch_grood.outliers import (
     HighEnergy,
@@ -280,15 +289,7 @@ class GROOD:
             settings=self.settings,
             squares=passed.squares,
         )
-        info = replace(
-            state.info,
-            n_left_out=passed.n_left_out,
-            image_shape=passed.image_shape if passed.one_size else (),
-            head=extractor.head,
-            early_layer=extractor.early_layer if self.outliers.uses_early_layer else None,
-        )
-        training = TrainingRecord(torch.cat(passed.hashes), names_of(loader, passed.n_read))
-        self._adopt(replace(state, info=info, fingerprint=model_fingerprint(extractor.model), training=training))
+        self._adopt(passed.completed(state, loader))
         return self
 
     def fit_features(
@@ -831,11 +832,27 @@ class GROOD:
         """Measured recall of an approximate index; None for exact search."""
         return self._need_state().searcher.quality
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted detector to one file, atomically: see `torch_grood.storage`."""
+    @property
+    def shards_(self) -> ShardFiles | None:
+        """The files of the stored gradients, if these are not in the detector's own."""
+        searcher = self._need_state().searcher
+        return searcher.shards if isinstance(searcher, MergedSearcher) else None
+
+    def save(self, path: str | os.PathLike[str], *, shards: int | None = None) -> None:
+        """Write the fitted detector to one file, atomically: see `torch_grood.storage`.
+
+        Args:
+            path: of the file.
+            shards: put the gradients into so many files beside it, which processes on several machines can search
+                (docs/scale.md); of exact search only. None: all in one file; but a detector that was loaded in shards
+                stays so in their folder.
+
+        Raises:
+            GroodError: if it cannot be written.
+        """
         from torch_grood import storage
 
-        storage.save(Path(path), self, self._need_state())
+        storage.save(Path(path), self, self._need_state(), shards)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None, *, verify: bool = False) -> Self:
@@ -858,7 +875,7 @@ class GROOD:
             outliers=stored.outliers,
             index=stored.index,
             seed=stored.seed,
-            store=stored.state.searcher.gradients.dtype,
+            store=stored.store_dtype,
             subset=stored.subset,
             **asdict(stored.settings),
         )
@@ -885,6 +902,16 @@ class GROOD:
         self.early_layer = state.info.early_layer if state.info.early_layer in known else None
         self.model = model
         self._extractor = FeatureExtractor(model, self.head, self.early_layer)
+        return self
+
+    def adopt(self, state: FittedState) -> Self:
+        """Take what a fit elsewhere has learned, of the same model and with the same settings; calibrate afterwards."""
+        self._adopt(state)
+        return self
+
+    def search_with(self, searcher: GradientSearcher) -> Self:
+        """Let another searcher over the same stored gradients answer from now on, wherever it searches."""
+        self._adopt(replace(self._need_state(), searcher=searcher), self.threshold_, self.calibration_)
         return self
 
     def _need_state(self, learned: _Learned | None = None) -> FittedState:

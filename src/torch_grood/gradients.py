@@ -83,6 +83,9 @@ class GradientField:
         geometry: see `torch_grood.geometry`.
         temperature: T; the scores are s_k = -‖h - p_k‖₂ / T, and H is the gradient of T · L: ‖H‖₂ = π for all T.
 
+    Attributes:
+        class_prototypes, ood_prototype, temperature: as given.
+
     Raises:
         GroodError: for shapes that do not fit.
     """
@@ -100,8 +103,8 @@ class GradientField:
                 f"got {tuple(class_prototypes.shape)} and {tuple(ood_prototype.shape)}"
             )
         device = _float64_device(class_prototypes.device)
+        self.class_prototypes, self.ood_prototype, self.temperature = class_prototypes, ood_prototype, temperature
         self._geometry = geometry
-        self._temperature = temperature
         self._origin = ood_prototype.detach().to(device, torch.float64)
         self._classes = class_prototypes.detach().to(device, torch.float64) - self._origin
         self._class_squares = self._classes.square().sum(1)
@@ -130,7 +133,7 @@ class GradientField:
             squares = offset[block].square().sum(1, keepdim=True)
             class_distance2 = self._class_distance2(offset[block], squares)
             torch.sqrt(squares, out=ood_distance[block])
-            scores = torch.cat([class_distance2.sqrt(), ood_distance[block]], dim=1).div_(-self._temperature)
+            scores = torch.cat([class_distance2.sqrt(), ood_distance[block]], dim=1).div_(-self.temperature)
             torch.sub(scores[:, -1], torch.logsumexp(scores, dim=1), out=log_magnitude[block])
             nearest[block] = class_distance2.argmin(1)
         _check_finite(log_magnitude[:n], features, first)

@@ -420,7 +420,14 @@ class HighestEnergy:
         energy = -logits.detach().cpu().double().logsumexp(1)
         if len(self._energy) == self._n and not bool((energy > self._energy[-1]).any()):
             return  # Most batches of a long stream: nothing is copied.
-        candidates = features.detach().cpu()
+        self._take(energy, features.detach().cpu())
+
+    def merge(self, later: HighestEnergy) -> None:
+        """Take what another sample of the same size has kept of a stream that follows this one's."""
+        if later._features is not None:
+            self._take(later._energy, later._features)
+
+    def _take(self, energy: Tensor, candidates: Tensor) -> None:
         if self._features is not None:
             energy, candidates = torch.cat([self._energy, energy]), torch.cat([self._features, candidates])
         kept = energy.argsort(descending=True, stable=True)[: self._n]

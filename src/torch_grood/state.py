@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +16,24 @@ from torch_grood.errors import GroodError
 from torch_grood.features import ModelFingerprint
 from torch_grood.geometry import SquareSum, placed
 from torch_grood.gradients import GradientField, PolarGradients
-from torch_grood.neighbors import GradientIndex, GradientSearcher, StoreOptions, Subset
+from torch_grood.neighbors import Coverage, GradientIndex, GradientSearcher, GradientStore, StoreOptions, Subset
 from torch_grood.neighbors.store import StoreWriter
 from torch_grood.outliers import PAPER, OutlierSource, ScoreSettings
 from torch_grood.prototypes import ClassPrototypes
 from torch_grood.provenance import TrainingRecord
 
-__all__ = ["GRADIENT_ROWS", "FitInfo", "FittedState", "build_state", "with_added", "with_removed"]
+__all__ = [
+    "GRADIENT_ROWS",
+    "FitInfo",
+    "FittedState",
+    "StoredPart",
+    "build_state",
+    "fit_info",
+    "gradient_field_of",
+    "store_gradients",
+    "with_added",
+    "with_removed",
+]
 
 # Gradients are computed in float64; this many rows at a time bounds that memory.
 GRADIENT_ROWS = 8192
@@ -122,6 +133,132 @@ class FittedState:
         object.__setattr__(self, "gradient_field", gradient_field)
 
 
+def gradient_field_of(
+    prototypes: ClassPrototypes,
+    squares: SquareSum | None,
+    outlier_features: Tensor,
+    source: OutlierSource,
+    settings: ScoreSettings,
+) -> GradientField:
+    """Where gradients are taken: class prototypes, OOD prototype, geometry and temperature.
+
+    The prototypes and the squares, that a temperature is made of, are those of the features in the geometry of
+    `settings`.
+    """
+    geometry, temperature = settings.geometry, settings.temperature
+    if temperature is None:
+        assert squares is not None
+        temperature = squares.temperature(prototypes)
+    ood_prototype = source.prototype(outlier_features, partial(placed, geometry=geometry)).cpu()
+    class_prototypes = prototypes.means.cpu()
+    if not bool(ood_prototype.isfinite().all()):
+        raise GroodError("the OOD prototype is not finite: an outlier has a NaN or infinite feature; check the source")
+    return GradientField(class_prototypes, ood_prototype, geometry, temperature)
+
+
+class StoredPart(NamedTuple):
+    """The stored gradients of training samples, all or some of a training set, and what was counted on the way.
+
+    Attributes:
+        gradients: of the correctly classified samples, or of a subset of them.
+        sample_ids: theirs, int64.
+        n_samples: all of them.
+        n_correct: correctly classified.
+        n_prototype_correct: whose nearest class prototype is their own.
+        coverage: of the subset, if it is one that covers.
+    """
+
+    gradients: GradientStore
+    sample_ids: Tensor
+    n_samples: int
+    n_correct: int
+    n_prototype_correct: int
+    coverage: Coverage | None = None
+
+
+def store_gradients(
+    gradient_field: GradientField,
+    *,
+    features: Iterable[Tensor],
+    labels: Tensor,
+    predictions: Tensor | None,
+    sample_ids: Tensor,
+    class_ids: Tensor,
+    store: StoreOptions,
+    subset: Subset | None = None,
+    keys: Tensor | None = None,
+    progress: Progress = None,
+) -> StoredPart:
+    """The gradients of training samples; arguments as of `build_state`.
+
+    Raises:
+        GroodError: if no sample is correctly classified, or they cannot be stored.
+    """
+    correct = torch.ones_like(labels, dtype=torch.bool) if predictions is None else predictions == class_ids[labels]
+    if not bool(correct.any()):
+        raise GroodError(
+            f"the classifier is wrong on all {len(labels)} training samples, so there is no gradient to store; "
+            "are the labels in the order of its outputs, and is the transform its own?"
+        )
+    kept = correct
+    chosen = None if subset is None or keys is None else subset.sample(labels[correct], keys[correct])
+    if chosen is not None:
+        kept = torch.zeros_like(correct)
+        kept[correct.nonzero().flatten()[chosen]] = True
+    writer = StoreWriter(int(kept.sum()), len(gradient_field.ood_prototype), store)
+    done = n_prototype_correct = 0
+    for part in _joined(features):
+        found = gradient_field(part.cpu())
+        rows = slice(done, done + len(part))
+        n_prototype_correct += int((found.nearest == labels[rows]).sum())
+        writer.append(found.gradients.take(kept[rows]))
+        done = rows.stop
+    gradients = writer.finish()
+    sample_ids = sample_ids[kept]
+    coverage = None if subset is None else subset.cover(gradients, progress=progress)
+    if coverage is not None:
+        gradients, sample_ids = gradients.select(coverage.rows, store), sample_ids[coverage.rows]
+    return StoredPart(gradients, sample_ids, len(labels), int(correct.sum()), n_prototype_correct, coverage)
+
+
+def fit_info(
+    gradient_field: GradientField,
+    source: OutlierSource,
+    settings: ScoreSettings,
+    *,
+    n_samples: int,
+    n_indexed: int,
+    n_correct: int,
+    n_prototype_correct: int,
+    n_outliers: int,
+    predicts: bool,
+    log_rounding: float,
+    subset: Subset | None = None,
+    coverage: Coverage | None = None,
+) -> FitInfo:
+    """What a fit tells of itself; `predicts` is whether the classifier's predictions are known."""
+    return FitInfo(
+        n_samples=n_samples,
+        n_indexed=n_indexed,
+        n_classes=len(gradient_field.class_prototypes),
+        n_features=len(gradient_field.ood_prototype),
+        n_left_out=0,
+        classifier_accuracy=n_correct / n_samples if predicts else None,
+        prototype_accuracy=n_prototype_correct / n_samples,
+        outlier_source=source.config(),
+        uses_ood_data=source.uses_ood_data,
+        n_outliers=n_outliers,
+        n_correct=n_correct,
+        subset=None if subset is None else subset.config(),
+        # It bounds what the subset costs the nearest neighbour, and says nothing of the next ones.
+        covering_radius=None if coverage is None or settings.k > 1 else math.exp(coverage.log_radius),
+        rounding_radius=math.exp(log_rounding),
+        geometry=settings.geometry,
+        temperature=gradient_field.temperature,
+        k=min(settings.k, n_indexed),
+    )
+
+
 def build_state(
     index: GradientIndex,
     seed: int,
@@ -145,70 +282,43 @@ def build_state(
     """From features to an index over gradients.
 
     `features` come in parts, which are let go as they are used; `labels` are rows of the prototypes, `predictions`
-    positions in `classes`; a subset needs `keys`, see `Subset.sample`. The prototypes are those of the features in the
-    geometry of `settings`, as are the squares that a temperature is made of.
+    positions in `classes`; a subset needs `keys`, see `Subset.sample`; of the rest, see `gradient_field_of`.
     """
-    geometry, temperature = settings.geometry, settings.temperature
-    if temperature is None:
-        assert squares is not None
-        temperature = squares.temperature(prototypes)
-    ood_prototype = source.prototype(outlier_features, partial(placed, geometry=geometry)).cpu()
-    class_prototypes = prototypes.means.cpu()
-    if not bool(ood_prototype.isfinite().all()):
-        raise GroodError("the OOD prototype is not finite: an outlier has a NaN or infinite feature; check the source")
-    gradient_field = GradientField(class_prototypes, ood_prototype, geometry, temperature)
-    correct = torch.ones_like(labels, dtype=torch.bool) if predictions is None else predictions == class_ids[labels]
-    if not bool(correct.any()):
-        raise GroodError(
-            f"the classifier is wrong on all {len(labels)} training samples, so there is no gradient to store; "
-            "are the labels in the order of its outputs, and is the transform its own?"
-        )
-    kept = correct
-    chosen = None if subset is None or keys is None else subset.sample(labels[correct], keys[correct])
-    if chosen is not None:
-        kept = torch.zeros_like(correct)
-        kept[correct.nonzero().flatten()[chosen]] = True
-    writer = StoreWriter(int(kept.sum()), len(ood_prototype), store)
-    done = n_prototype_correct = 0
-    for part in _joined(features):
-        found = gradient_field(part.cpu())
-        rows = slice(done, done + len(part))
-        n_prototype_correct += int((found.nearest == labels[rows]).sum())
-        writer.append(found.gradients.take(kept[rows]))
-        done = rows.stop
-    gradients = writer.finish()
-    sample_ids = sample_ids[kept]
-    coverage = None if subset is None else subset.cover(gradients, progress=progress)
-    if coverage is not None:
-        gradients, sample_ids = gradients.select(coverage.rows, store), sample_ids[coverage.rows]
-    info = FitInfo(
-        n_samples=len(labels),
-        n_indexed=len(gradients),
-        n_classes=len(class_prototypes),
-        n_features=len(ood_prototype),
-        n_left_out=0,
-        classifier_accuracy=None if predictions is None else float(correct.double().mean()),
-        prototype_accuracy=n_prototype_correct / len(labels),
-        outlier_source=source.config(),
-        uses_ood_data=source.uses_ood_data,
+    gradient_field = gradient_field_of(prototypes, squares, outlier_features, source, settings)
+    stored = store_gradients(
+        gradient_field,
+        features=features,
+        labels=labels,
+        predictions=predictions,
+        sample_ids=sample_ids,
+        class_ids=class_ids,
+        store=store,
+        subset=subset,
+        keys=keys,
+        progress=progress,
+    )
+    info = fit_info(
+        gradient_field,
+        source,
+        settings,
+        n_samples=stored.n_samples,
+        n_indexed=len(stored.gradients),
+        n_correct=stored.n_correct,
+        n_prototype_correct=stored.n_prototype_correct,
         n_outliers=len(outlier_features),
-        n_correct=int(correct.sum()),
-        subset=None if subset is None else subset.config(),
-        # It bounds what the subset costs the nearest neighbour, and says nothing of the next ones.
-        covering_radius=None if coverage is None or settings.k > 1 else math.exp(coverage.log_radius),
-        rounding_radius=math.exp(gradients.log_rounding),
-        geometry=geometry,
-        temperature=temperature,
-        k=min(settings.k, len(gradients)),
+        predicts=predictions is not None,
+        log_rounding=stored.gradients.log_rounding,
+        subset=subset,
+        coverage=stored.coverage,
     )
     return FittedState(
         classes=classes,
         class_ids=class_ids,
-        class_prototypes=class_prototypes,
-        ood_prototype=ood_prototype,
+        class_prototypes=gradient_field.class_prototypes,
+        ood_prototype=gradient_field.ood_prototype,
         index=index,
-        searcher=index.build(gradients, seed=seed),
-        sample_ids=sample_ids,
+        searcher=index.build(stored.gradients, seed=seed),
+        sample_ids=stored.sample_ids,
         fingerprint=None,
         info=info,
     )

@@ -9,15 +9,21 @@
     calibration       float64 (n,)       calibration_groups  int64 (n,)
     index.*           what an index learned: `neighbors.faiss_state`, `neighbors.filter`
 
+A detector of more gradients than one process holds is in several files: the head, which has all else, and beside it its
+shards, which have the gradients (from `log_magnitude` to `zero_rows`, and `index.*`) and are listed in the head.
+
 faiss never reads a file: its index is put together from tensors that were checked, and its codes are made anew from the
 gradients; a kind of index that has no such tensors, and one of format 1, is built again from the seed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -30,6 +36,7 @@ from torch_grood.container import BLOCK, Guard
 from torch_grood.errors import AlteredFileError, FormatError, GroodError
 from torch_grood.features import ModelFingerprint
 from torch_grood.geometry import checked_geometry
+from torch_grood.gradients import GradientField
 from torch_grood.neighbors import (
     ExactIndex,
     FaissIndex,
@@ -37,8 +44,10 @@ from torch_grood.neighbors import (
     GradientSearcher,
     GradientStore,
     IndexQuality,
+    StoreOptions,
     Subset,
 )
+from torch_grood.neighbors.sharded import MergedSearcher, ShardedSearcher, ShardFile, ShardFiles
 from torch_grood.neighbors.subset import make_subset
 from torch_grood.outliers import PAPER, OutlierSource, ScoreSettings, outlier_source
 from torch_grood.provenance import CalibrationRecord, Names, TrainingRecord
@@ -48,9 +57,12 @@ from torch_grood.threshold import ConformalThreshold
 if TYPE_CHECKING:
     from torch_grood.detector import GROOD
 
-__all__ = ["FORMAT_VERSION", "StoredDetector", "load", "save"]
+__all__ = ["FORMAT_VERSION", "StoredDetector", "load", "open_shard", "save", "save_shard", "shard_names"]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+# Of a detector in one file, which older readers know, too.
+_OF_ONE_FILE = 4
+_MOST_SHARDS = 10_000
 # The first version that tells how the score comes from distances; before, it was as in the paper.
 _TELLS_SETTINGS = 4
 # The first version that lists its zero rows.
@@ -71,6 +83,7 @@ _TENSORS: dict[str, tuple[torch.dtype, int]] = {
     "log_magnitude": (torch.float64, 1),
     "sample_ids": (torch.int64, 1),
 }
+_OF_SHARDS = ("log_magnitude", "direction", "direction_scale", "zero_rows")
 
 
 @dataclass(frozen=True)
@@ -86,24 +99,55 @@ class StoredDetector:
     seed: int
     metadata: dict[str, Any]
     settings: ScoreSettings
+    store_dtype: str
 
 
-def save(path: Path, detector: GROOD, state: FittedState) -> None:
+def save(path: Path, detector: GROOD, state: FittedState, shards: int | None = None) -> None:
     """Write `detector`, whose fitted state is `state`, to `path`; the old file stays until the new one is whole.
 
+    Args:
+        path: of the file, or of the head.
+        detector: to write.
+        state: of it.
+        shards: files for the gradients; None: one file with all, and of a detector whose shards lie beside `path`
+            already, the head alone.
+
     Raises:
-        GroodError: if the folder cannot be written to, the metadata are not JSON, or the index is of a kind that no
-            file may ask for.
+        GroodError: if the folder cannot be written to, the metadata are not JSON, the index is of a kind that no
+            file may ask for, or it cannot be in shards.
     """
+    found = _beside(path, state.searcher) if shards is None else _in_shards(path, state, shards)
+    _write(path, detector, state, found)
+
+
+def _beside(path: Path, searcher: GradientSearcher) -> ShardFiles | None:
+    shards = searcher.shards if isinstance(searcher, MergedSearcher) else None
+    return shards if shards is not None and shards.folder == path.absolute().parent else None
+
+
+def _in_shards(path: Path, state: FittedState, count: int) -> ShardFiles:
+    """Write the gradients in so many files."""
+    store, index = state.searcher.gradients, state.index
+    if not isinstance(index, ExactIndex):
+        raise GroodError(f"shards are searched exactly, not by {index.spec!r}; save one file, or fit with index='exact'")
+    most = min(len(store), _MOST_SHARDS)
+    if type(count) is not int or not 1 <= count <= most:
+        raise GroodError(f"{len(store):,} gradients can be in 1 to {most:,} shards, not {count!r}")
+    bounds = [len(store) * number // count for number in range(count + 1)]
+    files = []
+    for name, (start, stop) in zip(shard_names(path, state.gradient_field, count), pairwise(bounds), strict=True):
+        part = index.build(store.select(torch.arange(start, stop), StoreOptions()))
+        files.append(save_shard(path.with_name(name), part))
+    return ShardFiles(path.absolute().parent, store.dim, store.dtype, tuple(files))
+
+
+def _write(path: Path, detector: GROOD, state: FittedState, shards: ShardFiles | None) -> None:
     import torch_grood
 
-    index, store, quality = state.index, state.searcher.gradients, state.searcher.quality
-    index_tensors = state.searcher.tensors()
-    if isinstance(index, FaissIndex):
-        index.check_storable(store, index_tensors)
+    index, searcher, quality = state.index, state.searcher, state.searcher.quality
     threshold, calibration, training = detector.threshold_, detector.calibration_, state.training
     header: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _OF_ONE_FILE if shards is None else FORMAT_VERSION,
         "library_version": torch_grood.__version__,
         "classes": state.classes,
         "outliers": detector.outliers.config(),
@@ -122,14 +166,15 @@ def save(path: Path, detector: GROOD, state: FittedState) -> None:
         "class_prototypes": state.class_prototypes,
         "ood_prototype": state.ood_prototype,
         "class_ids": state.class_ids,
-        "log_magnitude": store.log_magnitude,
-        "direction": store.codes,
-        "zero_rows": store.zero_rows(),
         "sample_ids": state.sample_ids,
-        **index_tensors,
     }
-    if store.scale is not None:
-        tensors["direction_scale"] = store.scale
+    if shards is None:
+        index_tensors = searcher.tensors()
+        if isinstance(index, FaissIndex):
+            index.check_storable(searcher.gradients, index_tensors)
+        tensors |= _gradient_tensors(searcher.gradients) | index_tensors
+    else:
+        header["shards"] = {"dim": shards.dim, "dtype": shards.dtype, "files": [list(file) for file in shards.files]}
     if threshold is not None:
         tensors["calibration"] = threshold.log_scores
         if threshold.groups is not None:
@@ -143,6 +188,71 @@ def save(path: Path, detector: GROOD, state: FittedState) -> None:
     container.write(path, header, tensors)
 
 
+def _gradient_tensors(store: GradientStore) -> dict[str, Tensor]:
+    tensors = {"log_magnitude": store.log_magnitude, "direction": store.codes, "zero_rows": store.zero_rows()}
+    return tensors if store.scale is None else tensors | {"direction_scale": store.scale}
+
+
+def shard_names(head: Path, field: GradientField, count: int) -> list[str]:
+    """Names of the shards' files, which lie beside their head; those of another fit have others and are left alone."""
+    content = [tensor.numpy().tobytes() for tensor in (field.class_prototypes, field.ood_prototype)]
+    fit = hashlib.sha256(b"".join(content)).hexdigest()[:8]
+    return [f"{head.stem}-{fit}-{number + 1:05}-of-{count:05}.grood" for number in range(count)]
+
+
+def save_shard(path: Path, searcher: GradientSearcher) -> ShardFile:
+    """Write a part of a detector's gradients, whole or not at all.
+
+    Raises:
+        GroodError: if the folder cannot be written to.
+    """
+    import torch_grood
+
+    store = searcher.gradients
+    rounding_radius = math.exp(store.log_rounding)
+    header = {
+        "format_version": FORMAT_VERSION,
+        "library_version": torch_grood.__version__,
+        "shard": {"n": len(store), "d": store.dim, "rounding_radius": rounding_radius},
+    }
+    digest = container.write(path, header, _gradient_tensors(store) | searcher.tensors())
+    return ShardFile(path.name, len(store), digest)
+
+
+def open_shard(shards: ShardFiles, file: ShardFile, *, verify: bool = False) -> GradientSearcher:
+    """Read and check a file that `save_shard` wrote.
+
+    Args:
+        shards: as the head lists them.
+        file: one of them.
+        verify: see `load`.
+
+    Raises:
+        FormatError: as `load`; or if it is another file than the head lists.
+    """
+    path = shards.folder / file.name
+    found = container.read(path, FORMAT_VERSION, lazy=() if verify else _LAZY)
+    if found.digest != file.digest:
+        raise AlteredFileError(f"{path} is not the shard that the detector was saved with; copy all of its files again")
+    try:
+        magnitude = found.tensors["log_magnitude"]
+        if magnitude.dtype != torch.float64 or magnitude.ndim != 1 or len(magnitude) != file.n:
+            raise FormatError(f"it has not the {file.n:,} gradients that the detector lists")
+        if not all(bool(end.isfinite()) for end in magnitude.aminmax()):
+            raise FormatError("the tensor 'log_magnitude' holds NaN or infinity")
+        store = _store(
+            found.tensors,
+            shards.dim,
+            found.header["shard"]["rounding_radius"],
+            FORMAT_VERSION,
+            found.guards.get("direction"),
+        )
+        own = {name: tensor for name, tensor in found.tensors.items() if name.startswith("index.")}
+        return ExactIndex().restore(store, own)
+    except (GroodError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise AlteredFileError(f"{path} was altered: {error}") from None
+
+
 def load(path: Path, *, verify: bool = False) -> StoredDetector:
     """Read and check a file that `save` wrote; tensors are memory-mapped, nothing is executed.
 
@@ -154,17 +264,53 @@ def load(path: Path, *, verify: bool = False) -> StoredDetector:
         FormatError: NewerFormatError, TruncatedFileError or AlteredFileError, or if it is no detector file.
     """
     found = container.read(path, FORMAT_VERSION, lazy=() if verify else _LAZY)
+    if "shard" in found.header:
+        raise FormatError(f"{path} is a part of a detector; name the file that its parts lie beside")
     try:
-        return _restore(found.header, _checked(found.tensors), found.guards)
+        shards = None
+        if "shards" in found.header:
+            shards = _shards(found.header, path.absolute().parent)
+        stored = _restore(found.header, _checked(found.tensors, shards), found.guards, shards)
     except FormatError as error:
         raise AlteredFileError(f"{path}: {error}") from None
     except (GroodError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise AlteredFileError(f"{path} was altered: {error!r}") from None
+    if shards is None:
+        return stored
+    for file in shards.files:
+        if not (shards.folder / file.name).is_file():
+            raise FormatError(
+                f"{path} has its gradients in {len(shards.files)} files beside it, and {file.name} is missing; copy "
+                "all of them"
+            )
+        if verify:
+            open_shard(shards, file, verify=True)
+    return stored
 
 
-def _checked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _shards(header: dict[str, Any], folder: Path) -> ShardFiles:
+    """The files that a head lists, if they can be ones."""
+    if header["format_version"] < FORMAT_VERSION:
+        raise FormatError("it lists shards, which its format does not know; the file was altered")
+    listed, dim, dtype = (header["shards"][key] for key in ("files", "dim", "dtype"))
+    if not isinstance(listed, list) or not 0 < len(listed) <= _MOST_SHARDS:
+        raise FormatError("the list of its shards was altered")
+    files = tuple(ShardFile(*one) for one in listed)
+    for name, n, digest in files:
+        # Nothing beyond the folder of the head is read, whatever it says.
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".grood") or "\\" in name:
+            raise FormatError(f"{name!r:.100} is no name of a shard; the file was altered")
+        if type(n) is not int or n < 1 or not isinstance(digest, str):
+            raise FormatError(f"what it says of the shard {name!r:.100} was altered")
+    if dtype not in [str(one).removeprefix("torch.") for one in _DIRECTIONS]:
+        raise FormatError(f"its gradients are {dtype!r:.100}; the file was altered")
+    return ShardFiles(folder, dim, dtype, files)
+
+
+def _checked(tensors: dict[str, Tensor], shards: ShardFiles | None) -> dict[str, Tensor]:
     """The tensors beside the directions, if they have the right types and fit together."""
-    for name, (dtype, ndim) in _TENSORS.items():
+    expected = _TENSORS if shards is None else {name: kind for name, kind in _TENSORS.items() if name not in _OF_SHARDS}
+    for name, (dtype, ndim) in expected.items():
         if name not in tensors:
             raise FormatError(f"the tensor {name!r} is missing; the file was altered")
         if tensors[name].dtype != dtype or tensors[name].ndim != ndim:
@@ -174,10 +320,14 @@ def _checked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if values.is_floating_point() and values.numel() and not all(bool(end.isfinite()) for end in values.aminmax()):
             raise FormatError(f"the tensor {name!r} holds NaN or infinity; the file was altered")
     n_classes, d = tensors["class_prototypes"].shape
-    n = len(tensors["log_magnitude"])
-    shapes = [tuple(tensors[name].shape) for name in _TENSORS]
-    if shapes != [(n_classes, d), (d,), (n_classes,), (n,), (n,)] or n == 0 or d == 0:
-        raise FormatError(f"the shapes of the tensors do not fit together: {dict(zip(_TENSORS, shapes, strict=True))}")
+    n = len(tensors["sample_ids"]) if shards is None else sum(file.n for file in shards.files)
+    fitting = {"class_prototypes": (n_classes, d), "ood_prototype": (d,), "class_ids": (n_classes,)}
+    shapes = {name: tuple(tensors[name].shape) for name in expected}
+    if shapes != {name: fitting.get(name, (n,)) for name in expected} or n == 0 or d == 0:
+        raise FormatError(f"the shapes of the tensors do not fit together: {shapes}")
+    superfluous = () if shards is None else [name for name in _OF_SHARDS if name in tensors]
+    if superfluous:
+        raise FormatError(f"the tensor {superfluous[0]!r} belongs into its shards; the file was altered")
     return tensors
 
 
@@ -235,10 +385,12 @@ class _RowGuard:
         return {block for i in range(widest) for block in (first + i).clamp(max=last).tolist()}
 
 
-def _store(tensors: dict[str, Tensor], rounding_radius: float, version: int, guard: Guard | None) -> GradientStore:
+def _store(
+    tensors: dict[str, Tensor], d: int, rounding_radius: float, version: int, guard: Guard | None
+) -> GradientStore:
     """The stored gradients, if they are ones that a fit gives."""
     direction, scale = tensors.get("direction"), tensors.get("direction_scale")
-    n, d = len(tensors["log_magnitude"]), tensors["class_prototypes"].shape[1]
+    n = len(tensors["log_magnitude"])
     if direction is None or direction.dtype not in _DIRECTIONS:
         raise FormatError("the tensor 'direction' is missing or of a wrong type; the file was altered")
     if direction.shape != (n, d):
@@ -394,12 +546,13 @@ def _quality(stored: Any) -> IndexQuality | None:
     return IndexQuality(float(recall), float(inflation), n)
 
 
-def _restore(header: dict[str, Any], tensors: dict[str, Tensor], guards: dict[str, Guard]) -> StoredDetector:
+def _restore(
+    header: dict[str, Any], tensors: dict[str, Tensor], guards: dict[str, Guard], shards: ShardFiles | None
+) -> StoredDetector:
     info = _fit_info(header["fit"])
     n_classes, d = tensors["class_prototypes"].shape
-    if (info.n_indexed, info.n_classes, info.n_features) != (len(tensors["log_magnitude"]), n_classes, d):
+    if (info.n_indexed, info.n_classes, info.n_features) != (len(tensors["sample_ids"]), n_classes, d):
         raise FormatError("the sizes of the fit are not those of the tensors; the file was altered")
-    store = _store(tensors, info.rounding_radius, header["format_version"], guards.get("direction"))
     names = header["classes"]
     if not isinstance(names, list) or any(type(name) not in (int, str) for name in names):
         raise FormatError("the classes are not a list of names; the file was altered")
@@ -416,6 +569,14 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor], guards: dict[st
     if not 0 <= int(sample_ids.min()) <= int(sample_ids.max()) < info.n_read:
         raise FormatError(f"a sample is none of the {info.n_read:,} that were read; the file was altered")
     index = _index(header["index"])
+    if shards is None:
+        version = header["format_version"]
+        store = _store(tensors, d, info.rounding_radius, version, guards.get("direction"))
+        searcher, dtype = _searcher(index, store, tensors, seed, header), store.dtype
+    else:
+        if not isinstance(index, ExactIndex) or header.get("quality") is not None or shards.dim != d:
+            raise FormatError("shards of this dimension are searched exactly; the file was altered")
+        searcher, dtype = ShardedSearcher(shards, index, partial(open_shard, shards)), shards.dtype
     settings = _settings(header, info)
     fingerprint = header["fingerprint"]
     state = FittedState(
@@ -424,7 +585,7 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor], guards: dict[st
         class_prototypes=tensors["class_prototypes"],
         ood_prototype=tensors["ood_prototype"],
         index=index,
-        searcher=_searcher(index, store, tensors, seed, header),
+        searcher=searcher,
         sample_ids=sample_ids,
         fingerprint=None if fingerprint is None else ModelFingerprint(**fingerprint),
         info=info,
@@ -444,4 +605,5 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor], guards: dict[st
         seed=seed,
         metadata=header["metadata"],
         settings=settings,
+        store_dtype=dtype,
     )

@@ -36,14 +36,20 @@ FEATURES_VERSION = 1
 _FEATURES = "features"
 
 
-def run_stored(passed: TrainingPass, loader: Iterable[Any], store: FeatureStore, progress: Progress) -> None:
-    """Let `passed` take all of the loader's batches.
+def run_stored(
+    passed: TrainingPass,
+    loader: Iterable[Any],
+    store: FeatureStore,
+    progress: Progress,
+    batches: range | None = None,
+) -> None:
+    """Let `passed` take all of the loader's batches, or those with the given numbers, side by side.
 
     Raises:
         GroodError: as `TrainingPass.add`; or if the store does not take the loader, or cannot be written.
     """
     run = _StoredRun(passed, loader, _checked(store))
-    for step in track(run.steps(), progress, "fit"):
+    for step in track(run.steps(batches), progress, "fit"):
         run.take(step)
     run.finish()
 
@@ -68,8 +74,8 @@ class _StoredRun:
         self._summed = self._kept_sums = self._restore_sums()
         self._changed: set[int] = set()
 
-    def steps(self) -> Iterable[Step]:
-        return self._stored.steps(self._templates, self._layer)
+    def steps(self, batches: range | None) -> Iterable[Step]:
+        return self._stored.steps(self._templates, self._layer, batches)
 
     def take(self, step: Step) -> None:
         """Take a batch: what is kept of it from there, the rest from its images."""

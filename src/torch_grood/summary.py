@@ -25,7 +25,9 @@ def facts(detector: GROOD, path: Path | None = None) -> dict[str, Any]:
     from dataclasses import asdict
 
     quality, training, calibration = detector.index_quality_, detector.training_, detector.calibration_
-    file = {} if path is None else {"file": str(path), "bytes": path.stat().st_size}
+    file: dict[str, Any] = {} if path is None else {"file": str(path), "bytes": path.stat().st_size}
+    if detector.shards_ is not None:
+        file["shards"] = [shard.name for shard in detector.shards_.files]
     return file | {
         "classes": list(detector.classes_),
         "prototypes": [detector.classes_[i] for i in detector.class_ids_.tolist()],
@@ -101,7 +103,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("search", _index(found["index"])),
         ("calibration images", _calibration(found["calibration"])),
         ("threshold", UNCALIBRATED if threshold is None else _threshold(threshold)),
-        ("file", f"{found['file']}, {_size(found['bytes'])}"),
+        ("file", f"{found['file']}, {_size(found['bytes'])}{_shards(found.get('shards'))}"),
     ]
     return [(name, plain(value[:_LONGEST])) for name, value in lines]
 
@@ -140,6 +142,10 @@ def _training(fit: dict[str, Any]) -> str:
 def _store(store: dict[str, Any], fit: dict[str, Any]) -> str:
     text = f"{store['dtype']}, {_size(store['bytes'])}, {store['bytes'] / fit['n_indexed']:,.0f} bytes an image"
     return text + (f", scores within {fit['rounding_radius']:.4g} of float32's" if fit["rounding_radius"] else "")
+
+
+def _shards(names: list[str] | None) -> str:
+    return "" if names is None else f", and its gradients in {len(names)} beside it: {names[0]} …"
 
 
 def _outliers(fit: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch_grood._batches import as_loader, split_batch
 from torch_grood._progress import Progress, track
 from torch_grood.errors import GroodError
 from torch_grood.feature_store import FeatureStore
-from torch_grood.features import Extraction, FeatureExtractor
+from torch_grood.features import Extraction, FeatureExtractor, model_fingerprint
 from torch_grood.geometry import SquareSum, placed
 from torch_grood.neighbors import StoreOptions, Subset
 from torch_grood.neighbors.store import Spool
@@ -33,10 +34,10 @@ from torch_grood.outliers import (
     content_keys,
 )
 from torch_grood.prototypes import ClassPrototypes, as_labels
-from torch_grood.provenance import content_hashes
-from torch_grood.state import GRADIENT_ROWS
+from torch_grood.provenance import TrainingRecord, content_hashes, names_of
+from torch_grood.state import GRADIENT_ROWS, FittedState
 
-__all__ = ["Members", "TrainingPass", "shape_and_range"]
+__all__ = ["Collected", "Members", "TrainingPass", "shape_and_range"]
 
 _log = logging.getLogger("torch_grood")
 
@@ -57,6 +58,28 @@ class Members(NamedTuple):
     def of(self, batch: Tensor) -> Tensor:
         """Their part of a batch, (b, ...)."""
         return batch if len(self.rows) == len(self.taking_part) else batch[self.taking_part.to(batch.device)]
+
+
+class Collected(NamedTuple):
+    """What a pass over a part of the training set tells of it beside features and sums.
+
+    Attributes:
+        hashes: see `content_hashes`, int64 (n,), of all samples that were read; 0 for those that were left out.
+        n_samples: that take part.
+        n_left_out: others.
+        batch_size: the largest.
+        uncertain: the samples that the classifier knows least of.
+        image_shape, one_size, channel_range: see `TrainingPass.measure`.
+    """
+
+    hashes: Tensor
+    n_samples: int
+    n_left_out: int
+    batch_size: int
+    uncertain: HighestEnergy
+    image_shape: tuple[int, ...]
+    one_size: bool
+    channel_range: tuple[Tensor, Tensor] | None
 
 
 class TrainingPass:
@@ -161,9 +184,7 @@ class TrainingPass:
     def collect(self, members: Members, found: Extraction, hashes: Tensor) -> None:
         """Take features, logits and content hashes of the images that take part in the batch of `members`."""
         with self._naming(members):
-            features = placed(found.features, self._geometry)
-            self.prototypes.update(features, members.rows)
-            self.squares.update(features)
+            self._sum_up(found.features, members.rows)
         self.uncertain.offer(found.features, found.logits[:, self.class_ids])
         self.n_features, self._feature_bytes = found.features.shape[1], found.features.element_size()
         self.hashes[-1][members.taking_part] = hashes
@@ -173,6 +194,42 @@ class TrainingPass:
         self.sample_ids.append(members.sample_ids)
         self.n_samples += len(members.rows)
         self.batch_size = max(self.batch_size, len(members.rows))
+
+    def _sum_up(self, features: Tensor, rows: Tensor) -> None:
+        in_place = placed(features, self._geometry)
+        self.prototypes.update(in_place, rows)
+        self.squares.update(in_place)
+
+    def go_on(self, prototypes: ClassPrototypes, squares: SquareSum) -> None:
+        """Add what was collected to sums over the samples before, as if this pass had gone on from there."""
+        self.prototypes, self.squares = prototypes, squares
+        for features, rows in zip(self.features, self.rows, strict=True):
+            self._sum_up(features, rows)
+
+    def collected(self) -> Collected:
+        """What another pass needs to know of this one, to `join` it."""
+        return Collected(
+            torch.cat(self.hashes) if self.hashes else torch.empty(0, dtype=torch.int64),
+            self.n_samples,
+            self.n_left_out,
+            self.batch_size,
+            self.uncertain,
+            self.image_shape,
+            self.one_size,
+            self.channel_range,
+        )
+
+    def join(self, later: Collected) -> None:
+        """Take what another pass has collected of the samples that follow, but for features and sums."""
+        self.hashes.append(later.hashes)
+        self.n_read += len(later.hashes)
+        self.n_samples += later.n_samples
+        self.n_left_out += later.n_left_out
+        self.batch_size = max(self.batch_size, later.batch_size)
+        self.uncertain.merge(later.uncertain)
+        if later.image_shape:
+            self.one_size = self.one_size and later.one_size
+            self.measure(later.image_shape, later.channel_range)
 
     @staticmethod
     @contextmanager
@@ -290,6 +347,19 @@ class TrainingPass:
             progress=progress,
             uncertain=self.uncertain.features(self.source.n_uncertain(self.n_samples)),
         )
+
+    def completed(self, state: FittedState, loader: Iterable[Any]) -> FittedState:
+        """The state that was made of this pass, with what the pass knows of the model and the images."""
+        extractor = self.extractor
+        info = replace(
+            state.info,
+            n_left_out=self.n_left_out,
+            image_shape=self.image_shape if self.one_size else (),
+            head=extractor.head,
+            early_layer=extractor.early_layer if self.source.uses_early_layer else None,
+        )
+        training = TrainingRecord(torch.cat(self.hashes), names_of(loader, self.n_read))
+        return replace(state, info=info, fingerprint=model_fingerprint(extractor.model), training=training)
 
     def say_memory(self) -> None:
         """Log once what will be kept."""

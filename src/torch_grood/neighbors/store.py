@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,16 @@ from torch import Tensor
 from torch_grood.errors import GroodError
 from torch_grood.gradients import PolarGradients
 
-__all__ = ["GradientStore", "RowGuard", "Spool", "StoreOptions", "StoreWriter", "as_store_options", "scratch_tensor"]
+__all__ = [
+    "GradientStore",
+    "JoinedStore",
+    "RowGuard",
+    "Spool",
+    "StoreOptions",
+    "StoreWriter",
+    "as_store_options",
+    "scratch_tensor",
+]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 _CHUNK_BYTES = 64 * 2**20
@@ -141,6 +150,10 @@ class GradientStore:
             self._guard.check(rows)
         return self._codes
 
+    def codes_of(self, rows: Tensor | slice) -> Tensor:
+        """The codes of the given rows, (n, d)."""
+        return self.codes_with(rows)[rows]
+
     @property
     def dim(self) -> int:
         """Dimension d of a gradient."""
@@ -163,7 +176,7 @@ class GradientStore:
 
     def directions(self, rows: Tensor | slice) -> Tensor:
         """Unit vectors, float32 (n, d); the zero vector where h = p_ood."""
-        codes = self.codes_with(rows)[rows]
+        codes = self.codes_of(rows)
         return codes if self.scale is None else codes.float().mul_(self.scale[rows][:, None])
 
     def take(self, rows: Tensor | slice) -> PolarGradients:
@@ -179,7 +192,7 @@ class GradientStore:
     def zero_rows(self) -> Tensor:
         """The rows that are the zero vector, int64: samples at the OOD prototype."""
         if self._zero_rows is None:
-            zero = torch.cat([~self.codes_with(rows)[rows].any(1) for rows in self.chunks()])
+            zero = torch.cat([~self.codes_of(rows).any(1) for rows in self.chunks()])
             self._zero_rows = zero.nonzero().flatten()
         return self._zero_rows
 
@@ -200,7 +213,7 @@ class GradientStore:
         codes = scratch_tensor((len(rows), self.dim), self._codes.dtype, options)
         for start in range(0, len(rows), _SELECT_ROWS):
             part = slice(start, start + _SELECT_ROWS)
-            codes[part] = self.codes_with(rows[part])[rows[part]]
+            codes[part] = self.codes_of(rows[part])
         scale = None if self.scale is None else self.scale[rows]
         return GradientStore(self.log_magnitude[rows], codes, scale, self.log_rounding)
 
@@ -221,6 +234,50 @@ class GradientStore:
             return self
         scale = None if self.scale is None else self.scale.to(device)
         return GradientStore(self.log_magnitude.to(device), self.codes.to(device), scale, self.log_rounding)
+
+
+class JoinedStore(GradientStore):
+    """Stores one after the other as if they were one; whoever asks for all codes gets a copy of them.
+
+    Args:
+        parts: at least one, of one dtype and dimension.
+    """
+
+    def __init__(self, parts: Sequence[GradientStore]) -> None:
+        self._parts = parts
+        self._ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+        starts = [0, *self._ends.tolist()]
+        scales = [part.scale for part in parts if part.scale is not None]
+        super().__init__(
+            torch.cat([part.log_magnitude for part in parts]),
+            parts[0]._codes,
+            torch.cat(scales) if scales else None,
+            max(part.log_rounding for part in parts),
+            torch.cat([part.zero_rows() + start for part, start in zip(parts, starts, strict=False)]),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """See `GradientStore.nbytes`."""
+        return sum(part.nbytes for part in self._parts)
+
+    def codes_with(self, rows: Tensor | slice) -> Tensor:
+        """See `GradientStore.codes_with`."""
+        codes = scratch_tensor((len(self), self.dim), self._codes.dtype, StoreOptions())
+        for part in self.chunks():
+            codes[part] = self.codes_of(part)
+        return codes
+
+    def codes_of(self, rows: Tensor | slice) -> Tensor:
+        """See `GradientStore.codes_of`."""
+        wanted = torch.arange(len(self))[rows] if isinstance(rows, slice) else rows
+        part_of = torch.bucketize(wanted, self._ends, right=True)
+        found = torch.empty(len(wanted), self.dim, dtype=self._codes.dtype)
+        for number in torch.unique(part_of).tolist():
+            here = (part_of == number).nonzero().flatten()
+            part = self._parts[number]
+            found[here] = part.codes_of(wanted[here] - (int(self._ends[number]) - len(part)))
+        return found
 
 
 class StoreWriter:
@@ -293,6 +350,10 @@ class Spool:
             offset = self._file.seek(0, os.SEEK_END)
             self._file.write(part.contiguous().view(torch.uint8).numpy().data)
         self._parts.append(_Spilled(offset, part.shape, part.dtype))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The parts in their order; they stay."""
+        return (part if isinstance(part, Tensor) else self._read(part) for part in self._parts)
 
     def drain(self) -> Iterator[Tensor]:
         """The parts in their order, each let go of as it is given."""

@@ -16,6 +16,8 @@ from torch_grood.runtime.base import Decisions
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from torch_grood.neighbors.sharded import ShardFiles
+
 __all__ = ["DetectorRuntime"]
 
 
@@ -61,6 +63,11 @@ class DetectorRuntime:
         elif threshold is not None and threshold.groups is None:
             self.log_tau = threshold.log_tau
         self._device = next((weights.device for weights in detector.model.parameters()), torch.device("cpu"))
+
+    @property
+    def shards(self) -> ShardFiles | None:
+        """Where the detector's gradients are, if they are in files beside its own."""
+        return self.detector.shards_
 
     def decide(self, pixels: NDArray[np.uint8]) -> Decisions:
         """See `Runtime.decide`."""
