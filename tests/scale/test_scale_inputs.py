@@ -55,8 +55,11 @@ def test_files_of_a_url(tmp_path: Path) -> None:
         system.pipe_file(f"{root}/{name}", png(len(name)))
     inputs = inputs_of([f"memory:/{root}"])
     assert [name for name, _ in contents(inputs)] == [f"memory://{root}/a/1.PNG", f"memory://{root}/b/2.png"]
-    with pytest.raises(GroodError, match="holds no image"):
+    with pytest.raises(GroodError, match="no such file or folder"):
         inputs_of([f"memory:/{root}/nowhere"])
+    system.pipe_file(f"{root}/texts/a.txt", b"a")
+    with pytest.raises(GroodError, match="holds no image"):
+        inputs_of([f"memory:/{root}/texts"])
     with pytest.raises(GroodError, match="cannot be looked at"):
         inputs_of(["nosuchprotocol://bucket/images"])
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from torch_grood import GROOD
-    from torch_grood.data import ImageLoader, ImageSource, ImageTransform
+    from torch_grood.data import ImageLoader, ImageSource, ImageTransform, ParquetColumns
     from torch_grood.data.pixels import PixelLoader
 
 _MAX_CLASSES = 1_000_000
@@ -93,11 +93,38 @@ TauOption = Annotated[
     typer.Option("--tau", metavar="SCORE", help="A threshold of your own: OOD above it. Nothing is promised."),
 ]
 RootOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--root",
-        metavar="DIR",
+        metavar="DIR|URL",
         help="What the paths of image lists are relative to; else looked for near the list.",
+        rich_help_panel=READING,
+    ),
+]
+ImageColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        "--image-column",
+        metavar="NAME",
+        help="Of Parquet files: the image files' bytes. Default: image, or the only column of bytes.",
+        rich_help_panel=READING,
+    ),
+]
+LabelColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        "--label-column",
+        metavar="NAME",
+        help="Of Parquet files: class numbers or names. Default: label.",
+        rich_help_panel=READING,
+    ),
+]
+NameColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        "--name-column",
+        metavar="NAME",
+        help="Of Parquet files: names of the images. Default: path, file_name, name, id or key; else file and row.",
         rich_help_panel=READING,
     ),
 ]
@@ -253,21 +280,49 @@ def check_output(path: Path, *inputs: str | Path | None) -> None:
             raise GroodError(f"--output {path} would overwrite an input; give another name")
 
 
-def source_of(paths: Sequence[str], root: Path | None, labels: Literal["auto", "required", "none"]) -> ImageSource:
-    """The images that arguments stand for; the root concerns the lists among them."""
+def source_of(
+    paths: Sequence[str],
+    root: str | None,
+    labels: Literal["auto", "required", "none"],
+    columns: ParquetColumns | None = None,
+) -> ImageSource:
+    """The images that arguments stand for; the root concerns the lists among them, the columns Parquet files."""
     from torch_grood.data import read_source
+    from torch_grood.data.urls import is_url, kind_of
 
-    lists = root is not None and not all(Path(path).is_dir() for path in paths)
-    return read_source(list(paths), root if lists else None, labels)
+    def is_folder(path: str) -> bool:
+        return kind_of(path) == "folder" if is_url(path) else Path(path).is_dir()
+
+    lists = root is not None and not all(is_folder(path) for path in paths)
+    return read_source(list(paths), root if lists else None, labels, columns=columns)
 
 
-def held_out_source(paths: Sequence[str], root: Path | None) -> ImageSource:
+def columns_of(image: str | None, label: str | None, name: str | None) -> ParquetColumns:
+    """What the options say of columns."""
+    from torch_grood.data import ParquetColumns
+
+    return ParquetColumns(image, label, name)
+
+
+def check_columns(columns: ParquetColumns, *sources: ImageSource | None) -> None:
+    """Fail for columns where none of the sources has any.
+
+    Raises:
+        GroodError: then.
+    """
+    if any(columns) and all(source is None or source.rows is None for source in sources):
+        raise GroodError(
+            "--image-column, --label-column and --name-column are for Parquet files, and there are none; leave them out"
+        )
+
+
+def held_out_source(paths: Sequence[str], root: str | None, columns: ParquetColumns | None = None) -> ImageSource:
     """Images to calibrate on.
 
     Raises:
         GroodError: if some are marked as OOD: the threshold is about ID images.
     """
-    source = source_of(paths, root, "auto")
+    source = source_of(paths, root, "auto", columns)
     n_ood = 0 if source.labels is None else source.labels.count(-1)
     if n_ood:
         raise GroodError(

@@ -49,12 +49,11 @@ class MakeFiller:
 
     def whole(self) -> MakeFiller:
         """With all paths from the root: a worker may start in another folder."""
-        paths = tuple(str(Path(path).absolute()) for path in self.source.paths)
         return replace(
             self,
             model=whole_spec(self.model),
             weights=None if self.weights is None else self.weights.absolute(),
-            source=replace(self.source, paths=paths),
+            source=self.source.absolute(),
             cache=self.cache.absolute(),
         )
 

@@ -143,7 +143,7 @@ class Scaled:
     batch_size: int
 
 
-def score_scaled(make_runtime: MakeRuntime, images: Sequence[str], root: Path | None, how: Scaled, quiet: bool) -> None:
+def score_scaled(make_runtime: MakeRuntime, images: Sequence[str], root: str | None, how: Scaled, quiet: bool) -> None:
     """Score images into a folder of Parquet parts."""
     from torch_grood.scale import Job, inputs_of, score_as_rank, score_on_ray
     from torch_grood.scale.parts import Folder

@@ -14,7 +14,10 @@ from torch_grood.cli._common import (
     Device,
     DeviceOption,
     DropTrainingOption,
+    ImageColumnOption,
+    LabelColumnOption,
     ModelOption,
+    NameColumnOption,
     NumClassesOption,
     QuietOption,
     RootOption,
@@ -22,7 +25,9 @@ from torch_grood.cli._common import (
     StoredTransformOption,
     WeightsOption,
     WorkersOption,
+    check_columns,
     check_output,
+    columns_of,
     held_out_source,
     open_detector,
     reporting,
@@ -38,7 +43,8 @@ def calibrate(
         list[str],
         typer.Argument(
             metavar="IMAGES",
-            help="Held-out in-distribution images: folders, lists or files; none of the training images.",
+            help="Held-out in-distribution images: folders, lists, files or Parquet files, here or at URLs; none of "
+            "the training images.",
         ),
     ],
     fpr: Annotated[float, typer.Option("--fpr", help="Share of false alarms to promise.")] = 0.05,
@@ -53,6 +59,9 @@ def calibrate(
     transform: StoredTransformOption = None,
     device: DeviceOption = Device.auto,
     root: RootOption = None,
+    image_column: ImageColumnOption = None,
+    label_column: LabelColumnOption = None,
+    name_column: NameColumnOption = None,
     batch_size: BatchSizeOption = 64,
     workers: WorkersOption = None,
     skip_bad: SkipBadOption = False,
@@ -66,13 +75,16 @@ def calibrate(
         grood calibrate flowers.grood val.txt --root images --fpr 0.01
         grood calibrate flowers.grood flowers/val --output strict.grood --fpr 0.001
         grood calibrate flowers.grood flowers/val --class-thresholds
+        grood calibrate flowers.grood s3://bucket/val.parquet --label-column fine_label
     """
     target = output or detector
     check_output(target)
     from torch_grood.data import image_loader
     from torch_grood.summary import facts, operating_points, rows
 
-    source = held_out_source(images, root)
+    columns = columns_of(image_column, label_column, name_column)
+    source = held_out_source(images, root, columns)
+    check_columns(columns, source)
     kept = cache_of(cache, *images)
     with reporting(quiet) as reporter:
         loaded, prepared = open_detector(detector, model, weights, num_classes, transform, device, reporter)

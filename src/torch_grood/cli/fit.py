@@ -19,6 +19,9 @@ from torch_grood.cli._common import (
     Device,
     DeviceOption,
     DropTrainingOption,
+    ImageColumnOption,
+    LabelColumnOption,
+    NameColumnOption,
     NumClassesOption,
     QuietOption,
     Reporter,
@@ -26,7 +29,9 @@ from torch_grood.cli._common import (
     SkipBadOption,
     WeightsOption,
     WorkersOption,
+    check_columns,
     check_output,
+    columns_of,
     held_out_source,
     least_rate,
     report_bad,
@@ -107,16 +112,17 @@ def fit(
         str | None,
         typer.Option(
             "--train",
-            metavar="DIR|LIST",
+            metavar="DIR|LIST|PARQUET",
             help="The classifier's training images: a folder of class folders, which sorted by name are its outputs "
-            "0, 1, …; or a list of lines 'path label'. Default: those of the grood train.",
+            "0, 1, …; a list of lines 'path label'; or Parquet files with a column of labels. Each may be a URL. "
+            "Default: those of the grood train.",
         ),
     ] = None,
     calibrate: Annotated[
         str | None,
         typer.Option(
             "--calibrate",
-            metavar="DIR|LIST",
+            metavar="DIR|LIST|PARQUET",
             help="Held-out in-distribution images for the threshold; without them the detector cannot decide. Default: "
             "those that the grood train held out.",
         ),
@@ -152,7 +158,7 @@ def fit(
     ] = None,
     ood: Annotated[
         str | None,
-        typer.Option("--ood", metavar="DIR|LIST", help="samples: real OOD images.", rich_help_panel=OUTLIERS),
+        typer.Option("--ood", metavar="DIR|LIST|PARQUET", help="samples: real OOD images.", rich_help_panel=OUTLIERS),
     ] = None,
     geometry: Annotated[
         _Geometry | None,
@@ -186,6 +192,9 @@ def fit(
     per_class: PerClassOption = None,
     coreset: CoresetOption = None,
     root: RootOption = None,
+    image_column: ImageColumnOption = None,
+    label_column: LabelColumnOption = None,
+    name_column: NameColumnOption = None,
     batch_size: BatchSizeOption = 64,
     workers: WorkersOption = None,
     skip_bad: SkipBadOption = False,
@@ -205,6 +214,7 @@ def fit(
         grood fit --model timm:resnet18 --train dogs --outliers samples --ood cats -o d.grood
         grood fit --model torchvision:vit_b_16 --train in/train --store int8 --memory 4GiB -o v.grood
         grood fit --model torchvision:resnet50 --train in/train --cache ~/in.cache -o in.grood
+        grood fit --model torchvision:resnet50 --train 's3://bucket/train-*.parquet' -o in.grood
         grood fit --model torchvision:resnet50 --train in/train --cache ~/in.cache -o in.grood --engine ray
     """
     from torch_grood.cli import _filling
@@ -234,8 +244,9 @@ def fit(
 
     if calibrate is not None and not 0 < fpr < 1:
         raise GroodError(f"--fpr is the share of false alarms, between 0 and 1; got {fpr}")
-    source = source_of([train], root, "required")
-    held_out = None if calibrate is None else held_out_source([calibrate], root)
+    columns = columns_of(image_column, label_column, name_column)
+    source = source_of([train], root, "required", columns)
+    held_out = None if calibrate is None else held_out_source([calibrate], root, columns)
     if held_out is not None:
         _check_rate(fpr, held_out)
     kept = cache_of(cache, train, calibrate, ood)
@@ -251,7 +262,9 @@ def fit(
             images, prepared, batch_size=batch_size, workers=workers, on_bad="skip" if skip_bad else "raise"
         )
 
-    outlier_images = None if ood is None else loader_of(source_of([ood], root, "none"))
+    outlier_source = None if ood is None else source_of([ood], root, "none", columns)
+    check_columns(columns, source, held_out, outlier_source)
+    outlier_images = None if outlier_source is None else loader_of(outlier_source)
     detector = GROOD(
         to_device(loaded.model, device),
         outliers=_outlier_source(outliers, n, lam, outlier_images),
@@ -356,9 +369,7 @@ def _classes(text: str, source: ImageSource) -> Sequence[int | str]:
 
 def _check_apart(train: ImageSource, held_out: ImageSource) -> None:
     """A threshold from training images promises nothing: each finds itself in the index and scores 0."""
-    both = {str(Path(path).absolute()) for path in train.paths} & {
-        str(Path(path).absolute()) for path in held_out.paths
-    }
+    both = set(train.places()) & set(held_out.places())
     if both:
         raise GroodError(
             f"{len(both)} of {len(held_out)} calibration images are training images ({shorten(sorted(both))}); "

@@ -197,7 +197,7 @@ def _say_end(output: Path, text: str, reporter: Reporter) -> None:
     reporter.say(f"wrote {output}, {len(text.encode()) / 1e6:.1f} MB; open it in a browser")
 
 
-def _set(role: Role, text: str, root: Path | None) -> ReportSet:
+def _set(role: Role, text: str, root: str | None) -> ReportSet:
     """What an option stands for."""
     from torch_grood.report import ReportSet
 

@@ -300,7 +300,7 @@ def _check_explaining(explaining: bool, neighbors: int | None, grid: Path | None
 
 
 def _check_not_an_image(grid: Path | None, source: ImageSource) -> None:
-    if grid is not None and grid.exists() and any(grid.samefile(path) for path in source.paths):
+    if grid is not None and grid.exists() and any(Path(path).exists() and grid.samefile(path) for path in source.paths):
         raise GroodError(f"--grid {grid} would overwrite an image that is scored; give another name")
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch_grood._lazy import importer
 from torch_grood.data.images import BadImageError, decode_image, load_image
+from torch_grood.data.parquet import ParquetColumns
 from torch_grood.data.sources import ImageSource, read_source
 from torch_grood.data.transforms import PRESETS, ImageTransform
 
@@ -22,6 +23,7 @@ __all__ = [
     "ImageLoader",
     "ImageSource",
     "ImageTransform",
+    "ParquetColumns",
     "decode_image",
     "image_loader",
     "load_image",

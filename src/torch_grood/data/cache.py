@@ -4,7 +4,8 @@
                             probe.safetensors, features-….safetensors, content-….safetensors, sums-….safetensors
 
 The key is all that the features depend on: the model's weights, head, dtype and kind of device, the classes left out,
-the transform, the batch size, and each file's path below the folder that they have in common, its size, time and label.
+the transform, the batch size, and each file's path below the folder that they have in common, its size, time and label
+(for files at URLs: what the file system tells of them, as it was when they were listed; for rows: that of their file).
 A changed key is another entry; nothing is ever taken from a wrong one. What the key cannot tell, the code of the model
 and of the libraries, is probed: the features of the first image are computed anew in each run and compared.
 
@@ -34,7 +35,9 @@ from torch_grood._files import replacing
 from torch_grood.data.cache_entry import CacheEntry
 from torch_grood.data.dataset import ImageLoader
 from torch_grood.data.journal import CONTAINER_VERSION, DAY
+from torch_grood.data.parquet import ParquetRows
 from torch_grood.data.sources import ImageSource
+from torch_grood.data.urls import is_url
 from torch_grood.errors import FormatError, GroodError
 from torch_grood.features import Extraction
 
@@ -121,26 +124,41 @@ def _key_of(loader: ImageLoader, left_out: Sequence[int]) -> dict[str, Any]:
 
 
 def _hash_of_files(source: ImageSource) -> str:
-    """SHA-256 of path, size, time of change and label of each file, in order."""
+    """SHA-256 of path, size, time of change and label of each file, in order; stamps stand for what is elsewhere."""
+    if source.rows is not None:
+        return _hash_of_rows(source.rows, source.labels)
     start = _common_folder(min(source.paths), max(source.paths))
     digest = hashlib.sha256()
     for position, path in enumerate(source.paths):
-        try:
-            status = os.stat(path)  # noqa: PTH116 - a million Paths
-            size, changed = status.st_size, status.st_mtime_ns
-        except OSError:
-            # To read it will be an error of its own.
-            size = changed = -1
+        stamp = None if source.stamps is None else source.stamps[position]
+        if stamp is None:
+            try:
+                status = os.stat(path)  # noqa: PTH116 - a million Paths
+                size, changed = status.st_size, status.st_mtime_ns
+            except OSError:
+                # To read it will be an error of its own.
+                size = changed = -1
+            stamp = f"{size}\0{changed}"
         label = "" if source.labels is None else source.labels[position]
-        line = f"{path[start:]}\0{size}\0{changed}\0{label}\n"
+        line = f"{path[start:]}\0{stamp}\0{label}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _hash_of_rows(rows: ParquetRows, labels: Sequence[int] | None) -> str:
+    start = _common_folder(min(rows.files), max(rows.files))
+    digest = hashlib.sha256(repr(("rows", rows.image, rows.start, rows.stop)).encode())
+    for file, groups, stamp in zip(rows.files, rows.groups, rows.stamps, strict=True):
+        digest.update(f"{file[start:]}\0{stamp}\0{sum(groups)}\n".encode("utf-8", "surrogateescape"))
+    digest.update(repr(labels).encode())
     return digest.hexdigest()
 
 
 def _common_folder(one: str, other: str) -> int:
     """Length of the folder's path, with its separator, that two files have in common."""
     same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one.rfind(os.sep, 0, same) + 1
+    separator = "/" if is_url(one) else os.sep
+    return one.rfind(separator, 0, same) + 1
 
 
 def _check_probe(folder: Path, name: str, probe: Extraction) -> None:

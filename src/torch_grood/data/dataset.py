@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from torch_grood.data.images import BadImageError, load_image
+from torch_grood.data.images import BadImageError
 from torch_grood.data.pixels import mixed_sizes, usable_cpus
 from torch_grood.data.sources import ImageSource
 from torch_grood.data.transforms import ImageTransform
@@ -62,12 +62,11 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         return len(self.source)
 
     def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
-        path = self.source.paths[position]
-        image = load_image(path)
+        image = self.source.image(position)
         try:
             tensor = self.transform(image)
         except GroodError as error:
-            raise BadImageError(path, str(error)) from None
+            raise BadImageError(self.source.paths[position], str(error)) from None
         label = UNLABELLED if self.source.labels is None else self.source.labels[position]
         return tensor, label, position
 
@@ -82,6 +81,8 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
                 bad.append((error.path, error.reason))
                 if self.on_bad == "raise":
                     break
+            except GroodError as error:
+                return self._nothing(bad)._replace(error=str(error))
         if not items:
             return self._nothing(bad)
         images, labels, kept = zip(*items, strict=True)
@@ -212,6 +213,8 @@ class ImageLoader:
         for read in self._read([[position] for position in positions]):
             for path, reason in read.bad:
                 raise BadImageError(path, f"{reason}; it could be read before")
+            if read.error is not None:
+                raise GroodError(read.error)
             # Copied: a tensor from another process holds a file open.
             found += [image.clone() for image in read.images]
         return found
@@ -244,7 +247,7 @@ def image_loader(
     """Batches of a source's images.
 
     Args:
-        source: from `read_source`.
+        source: from `read_source`: files, here or at URLs, or rows of Parquet files.
         transform: the model's preprocessing.
         batch_size: images in a batch.
         workers: processes that read files; None takes `default_workers`.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from torch_grood.data.images import BadImageError, load_image
+from torch_grood.data.images import BadImageError
 from torch_grood.data.sources import ImageSource
 from torch_grood.data.transforms import ImageTransform
 from torch_grood.errors import GroodError
@@ -74,7 +74,8 @@ class PixelLoader:
             pending: deque[list[tuple[str, Future[NDArray[np.uint8]]]]] = deque()
             try:
                 for start in range(0, len(paths), size):
-                    pending.append([(path, pool.submit(self._read, path)) for path in paths[start : start + size]])
+                    batch = range(start, min(start + size, len(paths)))
+                    pending.append([(paths[position], pool.submit(self._read, position)) for position in batch])
                     if len(pending) > _AHEAD:
                         yield self._gathered(pending.popleft())
                 while pending:
@@ -82,12 +83,12 @@ class PixelLoader:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _read(self, path: str) -> NDArray[np.uint8]:
-        image = load_image(path)
+    def _read(self, position: int) -> NDArray[np.uint8]:
+        image = self.source.image(position)
         try:
             return self._transform.pixels(image)
         except GroodError as error:
-            raise BadImageError(path, str(error)) from None
+            raise BadImageError(self.source.paths[position], str(error)) from None
 
     def _gathered(self, batch: list[tuple[str, Future[NDArray[np.uint8]]]]) -> NDArray[np.uint8]:
         images: list[NDArray[np.uint8]] = []

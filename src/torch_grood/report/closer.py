@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from torch_grood._progress import Progress, track
-from torch_grood.data.images import load_image
 from torch_grood.data.pixels import default_threads
 from torch_grood.gradients import PolarGradients
 from torch_grood.report.pictures import PICTURE, small
@@ -120,7 +119,8 @@ def look_closer(
     """
 
     def read(one: Picked) -> tuple[Image, Tensor]:
-        image = load_image(sets[one.set].path(one.position))
+        of = sets[one.set]
+        image = of.source.image(of.kept[one.position])
         return small(image, PICTURE), transform(image)
 
     pictures: list[Image] = []

@@ -68,10 +68,12 @@ def find_images(recipe: Recipe, data: str | Path) -> TrainingImages:
         _check_same_classes(train, val)
     else:
         whole = read_source(train_folder or folder, labels="required")
+        _check_files(whole)
         train, val = _parted(whole, recipe.seed)
         notes.append(
             f"no {folder / 'val'}: {len(val):,} of {len(whole):,} images are held out for validation, by the seed"
         )
+    _check_files(train, val)
     _check_names(train, val)
     n_classes = _count_classes(train, val)
     ignored = train.ignored + val.ignored
@@ -165,6 +167,12 @@ def _count_classes(train: ImageSource, val: ImageSource) -> int:
     if unknown:
         raise GroodError(f"{val.origin} has images of classes that {train.origin} has none of: {unknown[:5]}")
     return n_classes
+
+
+def _check_files(*sources: ImageSource) -> None:
+    for source in sources:
+        if source.rows is not None:
+            raise GroodError(f"{source.origin} holds Parquet files; to train takes image files, in class folders")
 
 
 def _check_names(*sources: ImageSource) -> None:

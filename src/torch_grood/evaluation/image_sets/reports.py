@@ -84,7 +84,7 @@ def _look_at(spec: SetSpec, group: Group, root: Path) -> SetReport:
     path = root / (spec.list or spec.folder or "")
     base = None if spec.root is None else root / spec.root
     try:
-        source = read_source(path, base, "required" if group == "id" else "none")
+        source = read_source(path, base, "required" if group == "id" else "none", follow_urls=False)
         if spec.list is not None:
             _check_list(spec, source, base)
     except GroodError as error:
