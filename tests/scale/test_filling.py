@@ -11,18 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from filling_world import MakeFiller, N, fitted, write_photos
 
-from models import cnn, patterns, teach, write_patterns
-from torch_grood import GROOD
-from torch_grood.data import FeatureCache, ImageLoader, ImageTransform, image_loader, read_source
+from torch_grood.data import read_source
 from torch_grood.errors import GroodError
 from torch_grood.features import FeatureExtractor
 from torch_grood.scale.filling import Filler, fill_as_rank, fill_on_ray
-
-# Gives back the patterns that the images were written from.
-AS_PATTERNS = ImageTransform(None, 8, "bilinear", (128 / 255,) * 3, (40 / 255,) * 3)
-N, BATCH = 150, 4
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,33 +29,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    write_patterns(folder / "train", N, 1)
-    write_patterns(folder / "held_out", 30, 2)
-    return folder
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    found = cnn(3).eval()
-    inputs, labels = patterns(120, seed=77)
-    teach(found, found[-1], inputs, labels)
-    return found
-
-
-def loader(folder: Path) -> ImageLoader:
-    return image_loader(read_source(folder), AS_PATTERNS, batch_size=BATCH, workers=0)
-
-
-class MakeFiller:
-    """For a worker."""
-
-    def __init__(self, images: Path, cache: Path, classes: list[str] | None = None) -> None:
-        self.images, self.cache, self.classes = images, cache, classes
-
-    def __call__(self) -> Filler:
-        torch.set_num_threads(1)
-        return Filler(FeatureExtractor(network()), loader(self.images), FeatureCache(self.cache), self.classes)
+    return write_photos(tmp_path_factory.mktemp("photos"))
 
 
 class Dying(MakeFiller):
@@ -76,15 +44,6 @@ class Dying(MakeFiller):
 
         found.fill = fill_or_die  # type: ignore[method-assign]
         return found
-
-
-def fitted(photos: Path, cache: Path | None, classes: list[str] | None = None) -> bytes:
-    kept = None if cache is None else FeatureCache(cache)
-    detector = GROOD(network()).fit(loader(photos / "train"), classes=classes, cache=kept, progress=False)
-    detector.calibrate(loader(photos / "held_out"), fpr=0.2, cache=kept, progress=False)
-    path = photos / "new.grood"
-    detector.save(path)
-    return path.read_bytes()
 
 
 @pytest.mark.parametrize("classes", [None, ["a", "c"]])

@@ -8,6 +8,8 @@ import random
 import signal
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from torch_grood.errors import GroodError
 from torch_grood.scale import Job, inputs_of, score_on_ray
 from torch_grood.scale.job import Counts
 from torch_grood.scale.parts import Folder
-from torch_grood.scale.pool import LIVES, STILLBORN
+from torch_grood.scale.pool import LIVES, STILLBORN, Pool
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,8 +66,6 @@ class Slow(Together):
     """Gives whoever kills workers time to do so."""
 
     def decide(self, pixels: Any) -> Any:
-        import time
-
         time.sleep(0.02)
         return super().decide(pixels)
 
@@ -134,3 +134,72 @@ def test_workers_that_cannot_begin_end_the_job(tmp_path: Path) -> None:
         score_on_ray(job_of(tmp_path), dying, workers=1)
     # And the folder is as good as before.
     assert score_on_ray(job_of(tmp_path), Together, workers=1).images == 8
+
+
+class Doomed:
+    """Three meet; told so, one ends with the others, as they do when their machine is lost. Only the first time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def ready(self) -> None:
+        pass
+
+    def meet(self) -> int:
+        (self._folder / f"{os.getpid()}.pid").touch()
+        while len(list(self._folder.glob("*.pid"))) < 3:
+            time.sleep(0.02)
+        return 0
+
+    def die(self) -> int:
+        if (self._folder / "over").exists():
+            return 1
+        (self._folder / "over").touch()
+        # The others have nothing to do by then.
+        others = [int(path.stem) for path in self._folder.glob("*.pid") if path.stem != str(os.getpid())]
+        for other in others:
+            os.kill(other, signal.SIGKILL)
+        while any("ray::" in name_of(other) for other in others):
+            time.sleep(0.02)
+        os._exit(9)
+
+
+def test_a_task_is_not_lost_again_to_idle_workers_that_died_with_its_own(tmp_path: Path) -> None:
+    pool: Pool[str] = Pool(Doomed, (tmp_path,), 3, 0)
+    done: list[tuple[str, Any]] = []
+
+    left = deque(["meet", "meet", "meet"])
+    for task, result in pool.run(left, lambda worker, task: getattr(worker, task).remote()):
+        done.append((task, result))
+        if len(done) == 3 or result is None:
+            left.append("die")
+    assert done == [("meet", 0)] * 3 + [("die", None), ("die", 1)]
+
+
+class BornLate:
+    """As many as there may be in a row die before they begin, all of them at the same time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def ready(self) -> None:
+        for number in range(STILLBORN):
+            try:
+                (self._folder / str(number)).touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            os._exit(9)
+
+    def double(self, number: int) -> int:
+        return 2 * number
+
+
+def test_many_workers_that_are_lost_together_are_one_loss(tmp_path: Path) -> None:
+    pool: Pool[int] = Pool(BornLate, (tmp_path,), STILLBORN, 0)
+    found = dict(pool.run(deque(range(20)), lambda worker, number: worker.double.remote(number)))
+    assert found == {number: 2 * number for number in range(20)}
+
+
+def test_a_cluster_without_room_is_told_of() -> None:
+    with pytest.warns(UserWarning, match="no machine of the cluster has 1 GPU for a worker; waiting for one"):
+        Pool(Doomed, (Path(),), None, 1)

@@ -1,0 +1,58 @@
+"""Features to fill a folder with, by workers that can be sent there, and the fit that takes them from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import cnn, patterns, teach, write_patterns
+from torch_grood import GROOD
+from torch_grood.data import FeatureCache, ImageLoader, ImageTransform, image_loader, read_source
+from torch_grood.features import FeatureExtractor
+from torch_grood.scale.filling import Filler
+
+# Gives back the patterns that the images were written from.
+AS_PATTERNS = ImageTransform(None, 8, "bilinear", (128 / 255,) * 3, (40 / 255,) * 3)
+N, BATCH = 150, 4
+
+
+def write_photos(folder: Path) -> Path:
+    """`train` with N images, `held_out` with 30."""
+    write_patterns(folder / "train", N, 1)
+    write_patterns(folder / "held_out", 30, 2)
+    return folder
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    found = cnn(3).eval()
+    inputs, labels = patterns(120, seed=77)
+    teach(found, found[-1], inputs, labels)
+    return found
+
+
+def loader(folder: Path) -> ImageLoader:
+    return image_loader(read_source(folder), AS_PATTERNS, batch_size=BATCH, workers=0)
+
+
+class MakeFiller:
+    """For a worker."""
+
+    def __init__(self, images: Path, cache: Path, classes: list[str] | None = None) -> None:
+        self.images, self.cache, self.classes = images, cache, classes
+
+    def __call__(self) -> Filler:
+        torch.set_num_threads(1)
+        return Filler(FeatureExtractor(network()), loader(self.images), FeatureCache(self.cache), self.classes)
+
+
+def fitted(photos: Path, cache: Path | None, classes: list[str] | None = None) -> bytes:
+    """The file of a detector."""
+    kept = None if cache is None else FeatureCache(cache)
+    detector = GROOD(network()).fit(loader(photos / "train"), classes=classes, cache=kept, progress=False)
+    detector.calibrate(loader(photos / "held_out"), fpr=0.2, cache=kept, progress=False)
+    path = photos / "new.grood"
+    detector.save(path)
+    return path.read_bytes()
