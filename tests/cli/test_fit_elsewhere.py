@@ -146,3 +146,22 @@ def test_the_same_rows_may_not_calibrate_and_bad_ones_are_skipped() -> None:
     skipped = run(*FIT, *PARQUET, "--output", "x.grood", "--skip-bad")
     assert skipped.code == 0
     assert "left out 1 unreadable of" in skipped.err
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_score_takes_them_without_an_engine(elsewhere: Path) -> None:
+    pq.write_table(pq.read_table("p/val-0.parquet").select(["img"]), "of-images.parquet")
+
+    def scores(*arguments: object) -> list[float]:
+        found = run("score", "net.grood", *arguments, *MODEL, "--format", "json", "--batch-size", "16")
+        assert found.code == 0, found.err
+        rows = json.loads(found.raw)
+        assert str(rows[0]["path"]).startswith(str(arguments[0]))
+        return [row["score"] for row in rows]
+
+    assert scores("of-images.parquet") == scores(f"file://{elsewhere}/val") == scores("val")
+    # What may be drawn are files here: a row, and what is at a URL, is a grey tile.
+    for where in ("of-images.parquet", f"file://{elsewhere}/val"):
+        for _ in range(2):
+            found = run("score", "net.grood", where, *MODEL, "--grid", "why.png", "--format", "json")
+            assert (found.code, Path("why.png").exists()) == (0, True)
