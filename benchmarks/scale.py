@@ -3,6 +3,7 @@
     python benchmarks/scale.py score r20.onnx --images test/
     python benchmarks/scale.py fit --model networks.py:resnet20 --weights r20.pt --train train/
     python benchmarks/scale.py kills r20.onnx --images train/ --kills 20
+    python benchmarks/scale.py shards r20.grood --model networks.py:resnet20 --weights r20.pt --images test/
 
 All that is compared takes turns, since machines are noisy. "Steady" is the rate from the first part to the last one,
 what a long job comes to; "all" counts the start of Ray and of the workers, too. After kills, each input must have one
@@ -34,7 +35,7 @@ from torch_grood import GROOD
 from torch_grood.data import PRESETS, FeatureCache, ImageTransform, image_loader, read_source
 from torch_grood.features import FeatureExtractor
 from torch_grood.models import load_model
-from torch_grood.runtime import OnnxRuntime
+from torch_grood.runtime import DetectorRuntime, OnnxRuntime
 from torch_grood.scale import Job, inputs_of, score_on_ray
 from torch_grood.scale.filling import Filler, fill_on_ray
 from torch_grood.scale.job import Counts, score_span
@@ -127,6 +128,45 @@ def fit_by(workers: int, make: MakeFiller) -> Pace:
     return pace
 
 
+@dataclass(frozen=True)
+class OpenDetector:
+    """For a worker."""
+
+    detector: Path
+    model: str
+    weights: Path
+
+    def __call__(self) -> DetectorRuntime:
+        torch.set_num_threads(1)
+        detector = GROOD.load(self.detector, load_model(self.model, self.weights, None).model)
+        return DetectorRuntime(detector, ImageTransform.from_dict(detector.metadata["transform"]))
+
+
+def compare_shards(make: OpenDetector, images: str, rounds: int) -> None:
+    """Two workers that search all gradients themselves, or ask 1, 2 or 4 processes that hold them."""
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        detector = GROOD.load(make.detector)
+        openers = {"in each worker": make}
+        for count in (1, 2, 4):
+            head = Path(folder, f"{count}.grood")
+            detector.save(head, shards=count)
+            openers[f"in {count} shards"] = OpenDetector(head, make.model, make.weights)
+        for _ in range(rounds):
+            for name, opener in openers.items():
+                with tempfile.TemporaryDirectory() as output:
+                    job, pace = Job(inputs_of([images]), Folder(output), "benchmark"), Pace()
+                    score_on_ray(job, opener, workers=2, shards=opener().shards, tell=pace.tell_counts)
+                found.setdefault(name, []).append(pace.steady)
+    whole = found["in each worker"]
+    for name, rates in found.items():
+        ratios = [rate / other for rate, other in zip(rates, whole, strict=True)]
+        shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(
+            f"{name:<15} {statistics.median(rates):8,.0f} images/s steady, {statistics.median(ratios):.2f} x ({shown})"
+        )
+
+
 def compare(one: Callable[[], Pace], by: Callable[[int], Pace], rounds: int) -> None:
     """Print rates and ratios, medians over the rounds."""
     found: dict[str, list[Pace]] = {"plain": [], "1 worker": [], "2 workers": []}
@@ -199,18 +239,31 @@ def main() -> None:
     fit.add_argument("--weights", type=Path, required=True)
     fit.add_argument("--train", required=True, help="class folders of 32 × 32 images")
     fit.add_argument("--rounds", type=int, default=3)
+    shards = commands.add_parser("shards")
+    shards.add_argument(
+        "detector", type=lambda path: Path(path).absolute(), help="a .grood file that tells its transform"
+    )
+    shards.add_argument("--model", required=True)
+    shards.add_argument("--weights", type=Path, required=True)
+    shards.add_argument("--images", required=True)
+    shards.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     # The workers import this file's classes from where it lies.
     here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=here)
     if arguments.command == "kills":
         kill_workers(arguments.detector, arguments.images, arguments.kills)
-    elif arguments.command == "score":
+        return
+    if arguments.command == "score":
         one = partial(score_one_process, arguments.detector, arguments.images)
         compare(one, lambda workers: score_by(workers, arguments.detector, arguments.images), arguments.rounds)
+        return
+    file, _, factory = arguments.model.rpartition(":")
+    model = f"{Path(file).absolute()}:{factory}" if Path(file).is_file() else arguments.model
+    if arguments.command == "shards":
+        make_detector = OpenDetector(arguments.detector, model, arguments.weights.absolute())
+        compare_shards(make_detector, arguments.images, arguments.rounds)
     else:
-        file, _, factory = arguments.model.rpartition(":")
-        model = f"{Path(file).absolute()}:{factory}" if Path(file).is_file() else arguments.model
         train = str(Path(arguments.train).absolute())
         make = MakeFiller(model, arguments.weights.absolute(), train, PRESETS["cifar10"], Path())
         compare(partial(fit_one_process, make), lambda workers: fit_by(workers, make), arguments.rounds)

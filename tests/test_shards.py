@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from format_file import parts, seal
+from format_file import parts, read_by_hand, seal
 from torch_grood import GROOD, AlteredFileError, FormatError, GroodError, KCenterCoreset
 from torch_grood.summary import facts, rows
 
 N, DIM = 300, 8
+GOLDEN_4 = Path(__file__).parent / "golden" / "format-4.grood"
+# That of format 4 in two shards. Once it is released it is never written again.
+GOLDEN_5 = GOLDEN_4.with_name("format-5.grood")
 
 
 def fitted(**options: Any) -> GROOD:
@@ -21,7 +25,9 @@ def fitted(**options: Any) -> GROOD:
     labels = torch.arange(N) % 3
     features = torch.randn(N, DIM, generator=random) + 3 * torch.eye(DIM)[labels]
     detector = GROOD(None, k=3, **options).fit_features(features, labels)
-    return detector.calibrate_features(torch.randn(60, DIM, generator=random) + 3 * torch.eye(DIM)[torch.arange(60) % 3])
+    return detector.calibrate_features(
+        torch.randn(60, DIM, generator=random) + 3 * torch.eye(DIM)[torch.arange(60) % 3]
+    )
 
 
 def queries() -> torch.Tensor:
@@ -48,6 +54,38 @@ def test_it_is_as_one_file(detector: GROOD, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     loaded.save(tmp_path / "elsewhere" / "one.grood")
     assert (tmp_path / "elsewhere" / "one.grood").read_bytes() == (tmp_path / "one.grood").read_bytes()
+
+
+def test_the_golden_files() -> None:
+    one, many = GROOD.load(GOLDEN_4), GROOD.load(GOLDEN_5, verify=True)
+    assert many.fit_info_ == one.fit_info_
+    expected, found = one.state_.searcher.gradients, many.state_.searcher.gradients
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.log_magnitude, expected.log_magnitude)
+    features = torch.arange(60).view(10, 6) % 7 / 8
+    for name in ("score", "p_value", "is_ood", "neighbor"):
+        expected_, found_ = (getattr(detector.predict_features(features), name) for detector in (one, many))
+        assert torch.equal(found_, expected_), name
+
+
+def test_the_files_are_as_specified() -> None:
+    """docs/format.md, section "In several files", with nothing of ours."""
+    head, tensors = read_by_hand(GOLDEN_5)
+    whole, all_tensors = read_by_hand(GOLDEN_4)
+    assert tensors.keys() == all_tensors.keys() - {"direction", "direction_scale", "log_magnitude", "zero_rows"}
+    assert head["format_version"] == 5
+    assert head["fit"] == whole["fit"]
+    assert (head["shards"]["dim"], head["shards"]["dtype"]) == (whole["fit"]["n_features"], "float16")
+    shards = []
+    for name, n, digest in head["shards"]["files"]:
+        header, found = read_by_hand(GOLDEN_5.with_name(name))
+        with safe_open(GOLDEN_5.with_name(name), framework="pt") as file:
+            assert file.metadata()["torch-grood"].startswith(f"{digest} ")
+        assert (header["shard"]["n"], header["shard"]["d"]) == (n, head["shards"]["dim"])
+        assert found["log_magnitude"][1] == [n]
+        shards.append(found)
+    for name in ("direction", "direction_scale", "log_magnitude"):
+        assert b"".join(shard[name][2] for shard in shards) == all_tensors[name][2]
 
 
 @pytest.mark.parametrize("store", ["float16", "int8"])

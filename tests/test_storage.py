@@ -47,7 +47,6 @@ from torch_grood import (
     UniformNoise,
 )
 from torch_grood.outliers import OutlierContext, OutlierSource
-from torch_grood.storage import FORMAT_VERSION
 
 GOLDEN = Path(__file__).parent / "golden" / "format-1.grood"
 GOLDEN_2 = GOLDEN.with_name("format-2.grood")

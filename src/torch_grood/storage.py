@@ -129,7 +129,7 @@ def _in_shards(path: Path, state: FittedState, count: int) -> ShardFiles:
     """Write the gradients in so many files."""
     store, index = state.searcher.gradients, state.index
     if not isinstance(index, ExactIndex):
-        raise GroodError(f"shards are searched exactly, not by {index.spec!r}; save one file, or fit with index='exact'")
+        raise GroodError(f"shards are searched exactly, not by {index.spec!r}; save one file, or fit with 'exact'")
     most = min(len(store), _MOST_SHARDS)
     if type(count) is not int or not 1 <= count <= most:
         raise GroodError(f"{len(store):,} gradients can be in 1 to {most:,} shards, not {count!r}")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch_grood.cli._common import Device, Reporter, to_device
 from torch_grood.cli._scaled import Engine, teller, whole_spec
 from torch_grood.errors import GroodError
 
 if TYPE_CHECKING:
-    from torch_grood.data import ImageSource, ImageTransform
+    from torch_grood._progress import Progress
+    from torch_grood.data import FeatureCache, ImageLoader, ImageSource, ImageTransform
+    from torch_grood.detector import GROOD
     from torch_grood.scale.filling import Filler
 
-__all__ = ["Filling", "MakeFiller", "check_filling", "fill"]
+__all__ = ["Filling", "MakeFiller", "check_filling"]
+
+Classes = Sequence[int | str] | None
+Fit = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -67,34 +73,63 @@ class Filling:
         workers: of Ray; None: one a core.
         address: of Ray's cluster.
         gpus: of each worker.
+        shards: files of gradients; None: all in one process and file.
+        sets: what there is to compute; the training images are the first.
     """
 
     engine: Engine
     workers: int | None
     address: str | None
     gpus: float
+    shards: int | None
+    sets: Sequence[MakeFiller]
+
+    def fill(self, reporter: Reporter) -> bool:
+        """Compute the features of all sets.
+
+        Returns:
+            whether this process goes on to fit.
+        """
+        from torch_grood.scale.filling import fill_as_rank, fill_on_ray
+        from torch_grood.scale.ranks import rank_of_process
+
+        rank, world = rank_of_process() if self.engine is Engine.torchrun else (0, 1)
+        for one in self.sets:
+            tell = teller(len(one.source), world, reporter)
+            if self.engine is Engine.torchrun:
+                fill_as_rank(one(), rank, world, tell=tell)
+            else:
+                fill_on_ray(one.whole(), workers=self.workers, address=self.address, gpus=self.gpus, tell=tell)
+        return rank == 0
+
+    @contextmanager
+    def fitting(self, detector: GROOD, loader: ImageLoader, output: Path, reporter: Reporter) -> Iterator[Fit | None]:
+        """Compute the features of all sets, and fit with them.
+
+        Yields:
+            as `GROOD.fit` of the detector; then it can be calibrated within. None if another process does that.
+        """
+        if self.shards is None:
+            yield detector.fit if self.fill(reporter) else None
+            return
+        from torch_grood.scale.pool import cluster
+        from torch_grood.scale.shards import check_shards, fit_in_shards, searching
+
+        check_shards(detector, self.shards, len(loader))
+        with ExitStack() as stack:
+            stack.enter_context(cluster(self.address))
+            self.fill(reporter)
+
+            def fit(loader: ImageLoader, *, progress: Progress, classes: Classes, cache: FeatureCache) -> None:
+                assert self.shards is not None
+                how = (self.sets[0].whole(), loader, cache, output, self.shards)
+                files = fit_in_shards(detector, *how, classes=classes, progress=progress)
+                detector.search_with(stack.enter_context(searching(files)))
+
+            yield fit
 
 
-def fill(sets: Sequence[MakeFiller], how: Filling, reporter: Reporter) -> bool:
-    """Compute the features of all sets.
-
-    Returns:
-        whether this process goes on to fit.
-    """
-    from torch_grood.scale.filling import fill_as_rank, fill_on_ray
-    from torch_grood.scale.ranks import rank_of_process
-
-    rank, world = rank_of_process() if how.engine is Engine.torchrun else (0, 1)
-    for one in sets:
-        tell = teller(len(one.source), world, reporter)
-        if how.engine is Engine.torchrun:
-            fill_as_rank(one(), rank, world, tell=tell)
-        else:
-            fill_on_ray(one.whole(), workers=how.workers, address=how.address, gpus=how.gpus, tell=tell)
-    return rank == 0
-
-
-def check_filling(cache: Path | None, outliers: str) -> Path:
+def check_filling(cache: Path | None, outliers: str, engine: Engine, shards: int | None) -> Path:
     """Fail for what many processes cannot do.
 
     Returns:
@@ -103,6 +138,8 @@ def check_filling(cache: Path | None, outliers: str) -> Path:
     Raises:
         GroodError: then.
     """
+    if shards is not None and engine is not Engine.ray:
+        raise GroodError(f"--shards needs --engine ray, not {engine}; its processes stay and search")
     if cache is None:
         raise GroodError("--engine needs a folder for features that all workers see: --cache DIR")
     if outliers == "mixup":

@@ -27,6 +27,7 @@ __all__ = [
     "MakeRuntime",
     "ParallelOption",
     "Scaled",
+    "ShardsOption",
     "check_local",
     "check_scaled",
     "score_scaled",
@@ -67,6 +68,18 @@ AddressOption = Annotated[
 ]
 GpusOption = Annotated[
     float, typer.Option("--gpus-per-worker", min=0, help="That Ray keeps for each.", rich_help_panel=_SCALING)
+]
+
+ShardsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--shards",
+        metavar="N",
+        min=1,
+        help="Gradients in N files beside --output, each made and searched by a process of its own: for more than one "
+        "machine's memory. Needs --engine ray.",
+        rich_help_panel=_SCALING,
+    ),
 ]
 
 
@@ -166,8 +179,10 @@ def score_scaled(make_runtime: MakeRuntime, images: Sequence[str], root: str | N
         if how.engine is Engine.torchrun:
             summary = score_as_rank(job, runtime, rank, world, tell=tell)
         else:
+            # An ONNX file has all in it.
+            shards = getattr(runtime, "shards", None)
             del runtime
-            options = {"workers": how.workers, "address": how.address, "gpus": how.gpus}
+            options = {"workers": how.workers, "address": how.address, "gpus": how.gpus, "shards": shards}
             summary = score_on_ray(job, make_runtime, **options, tell=tell)  # type: ignore[arg-type]
         if summary is None:
             return
@@ -184,7 +199,9 @@ def check_local(workers: int | None, address: str | None, gpus: float, *more: ob
         GroodError: if one is given.
     """
     if gpus or any(value is not None for value in (workers, address, *more)):
-        raise GroodError("--parallel, --ray-address, --gpus-per-worker and --image-column are for --engine ray")
+        raise GroodError(
+            "--parallel, --ray-address, --gpus-per-worker, --shards and --image-column are for --engine ray"
+        )
 
 
 def check_scaled(output: str | None, forbidden: Mapping[str, object]) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -47,6 +48,7 @@ from torch_grood.cli._scaled import (
     EngineOption,
     GpusOption,
     ParallelOption,
+    ShardsOption,
     check_local,
 )
 from torch_grood.cli._search import (
@@ -203,6 +205,7 @@ def fit(
     parallel: ParallelOption = None,
     address: AddressOption = None,
     gpus: GpusOption = 0,
+    shards: ShardsOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Fit a detector for a classifier and write it to a file.
@@ -220,9 +223,9 @@ def fit(
     from torch_grood.cli import _filling
 
     if engine is Engine.local:
-        check_local(parallel, address, gpus)
+        check_local(parallel, address, gpus, shards)
     else:
-        cache = _filling.check_filling(cache, outliers)
+        cache = _filling.check_filling(cache, outliers, engine, shards)
     from torch_grood.models.from_run import WEIGHTS, is_run, read_record
 
     used_weights, is_complete = weights, True
@@ -257,10 +260,10 @@ def fit(
         source = replace(source, classes=loaded.classes)
     prepared = transform_of(loaded, transform, resize, crop, mean, std)
 
+    on_bad: Literal["raise", "skip"] = "skip" if skip_bad else "raise"
+
     def loader_of(images: ImageSource) -> ImageLoader:
-        return image_loader(
-            images, prepared, batch_size=batch_size, workers=workers, on_bad="skip" if skip_bad else "raise"
-        )
+        return image_loader(images, prepared, batch_size=batch_size, workers=workers, on_bad=on_bad)
 
     outlier_source = None if ood is None else source_of([ood], root, "none", columns)
     check_columns(columns, source, held_out, outlier_source)
@@ -287,51 +290,40 @@ def fit(
         reporter.say(f"training images: {len(source):,} from {source.origin}")
         report_ignored(source, reporter)
         chosen = None if classes is None else _classes(classes, source)
+        loader = loader_of(source)
+        fitting: AbstractContextManager[Any] = nullcontext(detector.fit)
         if engine is not Engine.local:
             assert cache is not None
             sets = [
                 _filling.MakeFiller(
-                    model,
-                    weights,
-                    num_classes,
-                    device,
-                    images,
-                    prepared,
-                    batch_size,
-                    "skip" if skip_bad else "raise",
-                    cache,
-                    head,
-                    chosen,
+                    model, weights, num_classes, device, images, prepared, batch_size, on_bad, cache, head, chosen
                 )
                 for images in (source, held_out)
                 if images is not None
             ]
-            if not _filling.fill(sets, _filling.Filling(engine, parallel, address, gpus), reporter):
+            scaled = _filling.Filling(engine, parallel, address, gpus, shards, sets)
+            fitting = scaled.fitting(detector, loader, output, reporter)
+        with fitting as run_fit:
+            if run_fit is None:
                 return
-        run_over(
-            detector.fit,
-            loader_of(source),
-            reporter,
-            progress=reporter.progress("fitting", "outliers"),
-            classes=chosen,
-            cache=kept,
-        )
-        if outlier_images is not None:
-            report_bad(outlier_images, reporter)
-        _check_accuracy(detector.fit_info_, reporter)
-        if held_out is not None:
-            reporter.say(f"calibration images: {len(held_out):,} from {held_out.origin}")
-            run_over(
-                detector.calibrate,
-                loader_of(held_out),
-                reporter,
-                progress=reporter.progress("calibrating"),
-                fpr=fpr,
-                per_class=class_thresholds,
-                on_training="drop" if drop_training else "raise",
-                cache=kept,
-            )
-            detector.metadata["calibration"] = {"paths": [calibrate]}
+            progress = reporter.progress("fitting", "outliers")
+            run_over(run_fit, loader, reporter, progress=progress, classes=chosen, cache=kept)
+            if outlier_images is not None:
+                report_bad(outlier_images, reporter)
+            _check_accuracy(detector.fit_info_, reporter)
+            if held_out is not None:
+                reporter.say(f"calibration images: {len(held_out):,} from {held_out.origin}")
+                run_over(
+                    detector.calibrate,
+                    loader_of(held_out),
+                    reporter,
+                    progress=reporter.progress("calibrating"),
+                    fpr=fpr,
+                    per_class=class_thresholds,
+                    on_training="drop" if drop_training else "raise",
+                    cache=kept,
+                )
+                detector.metadata["calibration"] = {"paths": [calibrate]}
         # The weights' bare name: a path of this machine says nothing on another.
         stored = {
             "spec": loaded.spec,
@@ -340,6 +332,9 @@ def fit(
         }
         detector.metadata.update({"model": stored, "transform": prepared.to_dict(), "training": {"paths": [train]}})
         detector.save(output)
+        if shards is not None:
+            # Its gradients are in files now.
+            detector = GROOD.load(output)
     if not quiet:
         for name, value in rows(facts(detector, output)):
             typer.echo(f"{name:<18} {value}")

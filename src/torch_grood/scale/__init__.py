@@ -1,10 +1,13 @@
-"""Scoring more images than one process should: over many processes, on one machine or on a Ray cluster.
+"""More images than one process should score, or fit: over many processes, on one machine or on a Ray cluster.
 
     Inputs ──▶ spans ──▶ workers (a `Runtime` each) ──▶ one Parquet part a span ──▶ done.json
 
 A part that is there is done, and a part is written whole or not at all: so every image is scored exactly once, whatever
 ends a worker, a node or the whole job, and the same command goes on where it was. The images of a batch are a function
 of their places among the inputs, not of the workers: the scores are the same, bit for bit, for any number of them.
+
+To fit, workers fill a cache with features (`filling`); then one process makes the detector of them, or each of many
+makes its part of the gradients (`shards`).
 """
 
 from __future__ import annotations

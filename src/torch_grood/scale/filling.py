@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch_grood.errors import GroodError
 from torch_grood.outliers import PrototypeMean
 from torch_grood.scale.pool import LIVES, Pool, cluster
-from torch_grood.stored_pass import FeaturePass
+from torch_grood.stored_pass import FeaturePass, run_stored
 from torch_grood.training_pass import TrainingPass
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class Filler:
         cache: FeatureCache,
         classes: Sequence[int | str] | None = None,
     ) -> None:
-        self._extractor, self._loader = extractor, loader
+        self.extractor, self.loader = extractor, loader
+        self._cache = cache
         left_out: list[int] = []
         if classes is not None:
             passed = TrainingPass(extractor, PrototypeMean(), 0, loader, classes)
@@ -67,13 +68,18 @@ class Filler:
 
     def fill(self, piece: range) -> int:
         """Compute and keep the features of some batches; the number of images."""
-        with self._extractor.evaluation():
+        with self.extractor.evaluation():
             return sum(len(part.hashes) for part in self._pass.extractions(piece, progress=False))
+
+    def collect(self, passed: TrainingPass, batches: range) -> None:
+        """Let a pass of a fit take some batches, with their features from the cache."""
+        with self.extractor.evaluation():
+            run_stored(passed, self.loader, self._cache, False, batches)
 
     def names(self, piece: range) -> tuple[str, str]:
         """The first and the last file of some batches."""
-        paths = self._loader.source.paths
-        return paths[self._loader.positions(piece.start).start], paths[self._loader.positions(piece.stop - 1).stop - 1]
+        paths = self.loader.source.paths
+        return paths[self.loader.positions(piece.start).start], paths[self.loader.positions(piece.stop - 1).stop - 1]
 
 
 class _Worker:

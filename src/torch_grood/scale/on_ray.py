@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch_grood.scale.inputs import Inputs, Span
@@ -17,7 +19,9 @@ from torch_grood.scale.parts import Folder
 from torch_grood.scale.pool import LIVES, Pool, cluster
 
 if TYPE_CHECKING:
+    from torch_grood.neighbors.sharded import ShardFiles
     from torch_grood.runtime import Runtime
+    from torch_grood.scale.shards import RemoteSearcher
 
 __all__ = ["score_on_ray"]
 
@@ -52,6 +56,22 @@ class _Worker:
         return Counts()
 
 
+@dataclass(frozen=True)
+class _WithSearcher:
+    """Makes a runtime that asks actors for its neighbours."""
+
+    make_runtime: Callable[[], Runtime]
+    searcher: RemoteSearcher
+
+    def __call__(self) -> Runtime:
+        from torch_grood.runtime import DetectorRuntime
+
+        runtime = self.make_runtime()
+        assert isinstance(runtime, DetectorRuntime)
+        runtime.detector.search_with(self.searcher)
+        return runtime
+
+
 def score_on_ray(
     job: Job,
     make_runtime: Callable[[], Runtime],
@@ -59,6 +79,7 @@ def score_on_ray(
     workers: int | None = None,
     address: str | None = None,
     gpus: float = 0,
+    shards: ShardFiles | None = None,
     tell: Callable[[Counts], None] = lambda counts: None,
 ) -> Summary:
     """Score all inputs of a job that are not scored yet.
@@ -70,6 +91,8 @@ def score_on_ray(
         workers: see `Pool`.
         address: see `cluster`.
         gpus: of each worker.
+        shards: of the detector's gradients (`DetectorRuntime.shards`): each is searched by an actor of its own, which
+            the workers ask; None: each worker searches all gradients by itself.
         tell: is told what each part adds.
 
     Raises:
@@ -77,7 +100,11 @@ def score_on_ray(
     """
     left = deque(_Task(span) for span in job.begin())
     if left:
-        with cluster(address):
+        with cluster(address), ExitStack() as stack:
+            if shards is not None:
+                from torch_grood.scale.shards import searching
+
+                make_runtime = _WithSearcher(make_runtime, stack.enter_context(searching(shards)))
             _Scoring(job, tell).run(Pool(_Worker, (make_runtime,), workers, gpus), left)
     return job.finish()
 

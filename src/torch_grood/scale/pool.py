@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 from torch_grood._optional import require
 from torch_grood.errors import GroodError
 
-__all__ = ["LIVES", "STILLBORN", "Pool", "cluster"]
+__all__ = ["LIVES", "STILLBORN", "Pool", "cluster", "got"]
 
 LIVES = 3
 """Workers that a task may end."""
@@ -166,6 +166,28 @@ def _lost(errors: Any) -> tuple[type[Exception], ...]:
 
 def _failed(task: object) -> str:
     return "a worker cannot begin" if task is None else f"{task} failed"
+
+
+def got(references: list[Any], what: str) -> list[Any]:
+    """What actors have come to that last: their loss is made good by Ray.
+
+    Args:
+        references: to it.
+        what: it is, for messages.
+
+    Raises:
+        GroodError: as an actor raised it, or if it failed otherwise.
+    """
+    ray = require("ray", extra="scale")
+    try:
+        found: list[Any] = ray.get(references)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, GroodError):
+            raise error.cause from None
+        raise GroodError(f"{what} failed: {one_line(error.cause)}") from error
+    except ray.exceptions.RayError as error:
+        raise GroodError(f"{what} failed: {one_line(error)}") from None
+    return found
 
 
 def one_line(error: BaseException) -> str:
