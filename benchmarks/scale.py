@@ -4,6 +4,7 @@
     python benchmarks/scale.py fit --model networks.py:resnet20 --weights r20.pt --train train/
     python benchmarks/scale.py kills r20.onnx --images train/ --kills 20
     python benchmarks/scale.py shards r20.grood --model networks.py:resnet20 --weights r20.pt --images test/
+    python benchmarks/scale.py parts --features 2048 --classes 1000
 
 All that is compared takes turns, since machines are noisy. "Steady" is the rate from the first part to the last one,
 what a long job comes to; "all" counts the start of Ray and of the workers, too. After kills, each input must have one
@@ -26,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow.dataset as ds
 import ray
@@ -34,12 +36,20 @@ import torch
 from torch_grood import GROOD
 from torch_grood.data import PRESETS, FeatureCache, ImageTransform, image_loader, read_source
 from torch_grood.features import FeatureExtractor
+from torch_grood.geometry import SquareSum, placed
 from torch_grood.models import load_model
+from torch_grood.neighbors import ExactIndex, StoreOptions
+from torch_grood.outliers import HighEnergy
+from torch_grood.prototypes import ClassPrototypes
 from torch_grood.runtime import DetectorRuntime, OnnxRuntime
 from torch_grood.scale import Job, inputs_of, score_on_ray
 from torch_grood.scale.filling import Filler, fill_on_ray
 from torch_grood.scale.job import Counts, score_span
 from torch_grood.scale.parts import Folder
+from torch_grood.state import gradient_field_of, store_gradients
+from torch_grood.storage import save_shard
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -167,6 +177,48 @@ def compare_shards(make: OpenDetector, images: str, rounds: int) -> None:
         )
 
 
+def time_parts(n: int, d: int, classes: int) -> None:
+    """What a shard does with an image beside the network, on one thread: large fits are worked out from it."""
+    torch.set_num_threads(1)
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (n,), generator=random)
+    # Non-negative, of few strong directions, as the features of trained networks are.
+    centres = torch.randn(classes, d, generator=random).relu()
+    features = (centres[labels] + 0.5 * torch.randn(n, d, generator=random)).relu()
+    prototypes, squares = ClassPrototypes(classes), SquareSum()
+
+    def timed(name: str, work: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        found = work()
+        seconds = time.perf_counter() - began
+        print(f"{name:<28} {n / seconds:10,.0f} images/s")
+        return found
+
+    def sum_up() -> None:
+        for part, rows in zip(torch.split(features, 64), torch.split(labels, 64), strict=True):
+            in_place = placed(part, "unit")
+            prototypes.update(in_place, rows)
+            squares.update(in_place)
+
+    timed("sums, one part after another", sum_up)
+    source = HighEnergy()
+    field = gradient_field_of(prototypes, squares, features[:1000], source, source.settings)
+    store = StoreOptions("int8")
+    given = {"features": torch.split(features, 8192), "labels": labels, "predictions": None}
+    ids = {"sample_ids": torch.arange(n), "class_ids": torch.arange(classes)}
+    made = timed("gradients, int8", lambda: store_gradients(field, **given, **ids, store=store))  # type: ignore[arg-type]
+    searcher = timed("index", lambda: ExactIndex().build(made.gradients))
+    with tempfile.TemporaryDirectory() as folder:
+        file = timed("file", lambda: save_shard(Path(folder, "x.grood"), searcher))
+        size = Path(folder, file.name).stat().st_size
+    queries = field(features[:640] + 0.3 * torch.randn(640, d, generator=random)).gradients
+    began = time.perf_counter()
+    for start in range(0, 640, 64):
+        searcher.search(queries.take(slice(start, start + 64)), 10)
+    each = (time.perf_counter() - began) / 640
+    print(f"{size / n:,.0f} bytes an image in the file; a search among {n:,}: {1e3 * each:.2f} ms an image")
+
+
 def compare(one: Callable[[], Pace], by: Callable[[int], Pace], rounds: int) -> None:
     """Print rates and ratios, medians over the rounds."""
     found: dict[str, list[Pace]] = {"plain": [], "1 worker": [], "2 workers": []}
@@ -247,7 +299,14 @@ def main() -> None:
     shards.add_argument("--weights", type=Path, required=True)
     shards.add_argument("--images", required=True)
     shards.add_argument("--rounds", type=int, default=3)
+    parts = commands.add_parser("parts")
+    parts.add_argument("--images", type=int, default=50_000)
+    parts.add_argument("--features", type=int, default=2048)
+    parts.add_argument("--classes", type=int, default=1000)
     arguments = parser.parse_args()
+    if arguments.command == "parts":
+        time_parts(arguments.images, arguments.features, arguments.classes)
+        return
     # The workers import this file's classes from where it lies.
     here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=here)
