@@ -28,6 +28,7 @@ from torch_grood.scale import Job, inputs_of, score_on_ray
 from torch_grood.scale.job import Counts
 from torch_grood.scale.parts import Folder
 from torch_grood.scale.pool import LIVES, STILLBORN, Pool
+from torch_grood.scale.pool import cluster as cluster_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -203,3 +204,21 @@ def test_many_workers_that_are_lost_together_are_one_loss(tmp_path: Path) -> Non
 def test_a_cluster_without_room_is_told_of() -> None:
     with pytest.warns(UserWarning, match="no machine of the cluster has 1 GPU for a worker; waiting for one"):
         Pool(Doomed, (Path(),), None, 1)
+
+
+@pytest.mark.parametrize(
+    ("address", "environment", "asked"),
+    [(None, None, "local"), (None, "10.0.0.1:6379", None), ("auto", None, "auto")],
+)
+def test_a_cluster_that_runs_is_joined_only_by_those_who_say_so(
+    address: str | None, environment: str | None, asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str | None] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda address, **options: found.append(address))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("RAY_ADDRESS", environment)
+    with cluster_of(address):
+        assert found == [asked]
