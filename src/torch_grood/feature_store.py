@@ -79,6 +79,12 @@ class StoredPass(Protocol):
     def sums(self, layer: str) -> Sequence[Sums]:
         """The kept sums of a layer, to be set one after another: those of a later one replace those before."""
 
+    def summed(self, layer: str) -> int:
+        """The number of batches in a layer's kept sums, which are not read for it."""
+
+    def drop_sums(self, layer: str) -> None:
+        """Delete the kept sums of a layer."""
+
     def wants_sums(self, layer: str, nbytes: int) -> bool:
         """Whether it is time to write sums of this size."""
 

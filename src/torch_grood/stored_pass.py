@@ -6,7 +6,7 @@ tensors of each batch in a *journal*, named by what they depend on beyond the mo
     features        features, logits, content hashes, shape and range of the images
     content-SEED    pseudo-random numbers of the images, which decide what is mixed and what a subset keeps
     scores-NAME     scores that need more of the model than its features
-    sums of LAYER   running sums of the early prototypes, of all batches up to one
+    sums of LAYER   running sums of the early prototypes, of all batches up to one; or, by many processes, of some
 
 So another λ, source or index needs no pass at all, another seed no model, and a killed run only what it had not kept.
 All else that `fit` collects follows from these in the order of the batches. Images to mix are not kept: their positions
@@ -26,6 +26,7 @@ from torch_grood.errors import GroodError
 from torch_grood.feature_store import Columns, FeatureStore, Step, Sums
 from torch_grood.features import Extraction, FeatureExtractor, model_fingerprint
 from torch_grood.outliers import content_keys
+from torch_grood.prototypes import ClassPrototypes
 from torch_grood.provenance import content_hashes
 from torch_grood.training_pass import Members, TrainingPass, shape_and_range
 
@@ -45,11 +46,13 @@ def run_stored(
 ) -> None:
     """Let `passed` take all of the loader's batches, or those with the given numbers, side by side.
 
+    What is kept of early activations of some batches are sums of their own: `FeaturePass.join_sums` makes those of all.
+
     Raises:
         GroodError: as `TrainingPass.add`; or if the store does not take the loader, or cannot be written.
     """
-    run = _StoredRun(passed, loader, _checked(store))
-    for step in track(run.steps(batches), progress, "fit"):
+    run = _StoredRun(passed, loader, _checked(store), batches)
+    for step in track(run.steps(), progress, "fit"):
         run.take(step)
     run.finish()
 
@@ -57,8 +60,8 @@ def run_stored(
 class _StoredRun:
     """One training pass over one loader with one store."""
 
-    def __init__(self, passed: TrainingPass, loader: Iterable[Any], store: FeatureStore) -> None:
-        self._passed = passed
+    def __init__(self, passed: TrainingPass, loader: Iterable[Any], store: FeatureStore, batches: range | None) -> None:
+        self._passed, self._batches = passed, batches
         first = store.first_image(loader)
         probe = passed.start(first)
         self._stored = store.open(loader, _key(passed.extractor, probe, passed.left_out()), probe)
@@ -69,13 +72,13 @@ class _StoredRun:
             self._content = f"content-{passed.seed}"
             self._templates[self._content] = _none_of(self._content_of(first))
         self._early = passed.early_prototypes
-        self._layer = None if self._early is None else passed.extractor.early_layer
+        self._layer = None if self._early is None else _sums_name(passed.extractor, batches)
         # Batches before this one were in the sums from the start, those before the other are in what is kept of them.
         self._summed = self._kept_sums = self._restore_sums()
         self._changed: set[int] = set()
 
-    def steps(self, batches: range | None) -> Iterable[Step]:
-        return self._stored.steps(self._templates, self._layer, batches)
+    def steps(self) -> Iterable[Step]:
+        return self._stored.steps(self._templates, self._layer, self._batches)
 
     def take(self, step: Step) -> None:
         """Take a batch: what is kept of it from there, the rest from its images."""
@@ -119,7 +122,7 @@ class _StoredRun:
     def finish(self) -> None:
         """Write what is not written yet."""
         self._stored.flush(force=True)
-        self._keep_sums(len(self._stored), force=True)
+        self._keep_sums(len(self._stored) if self._batches is None else self._batches.stop, force=True)
 
     def _content_of(self, images: Tensor) -> Columns:
         priorities = self._passed.reservoir.priorities(images)
@@ -131,20 +134,33 @@ class _StoredRun:
         if self._layer is not None and self._early is not None:
             device = next(self._passed.extractor.model.parameters()).device
             for sums in self._stored.sums(self._layer):
-                self._early.restore(self._passed.rows_of(sums.labels), sums.values, device)
+                _restore(self._early, self._passed, sums, device)
                 end = sums.end
         return end
 
     def _keep_sums(self, end: int, *, force: bool) -> None:
         """Write the sums that changed; forced, also that none did since."""
         early = self._early
-        if self._layer is None or early is None or early.sample_size == 0 or end <= self._kept_sums:
+        if self._layer is None or early is None or end <= self._kept_sums or not (early.sample_size or force):
             return
         rows = torch.tensor(sorted(self._changed), dtype=torch.int64)
         if force or self._stored.wants_sums(self._layer, len(rows) * early.sample_size * 8):
-            self._stored.keep_sums(self._layer, Sums(end, self._passed.class_ids[rows], early.sums_of(rows)))
+            # That there is nothing to add is a sum, too.
+            values = early.sums_of(rows) if early.sample_size else torch.empty(0, dtype=torch.float64)
+            self._stored.keep_sums(self._layer, Sums(end, self._passed.class_ids[rows], values))
             self._changed.clear()
             self._kept_sums = end
+
+
+def _restore(early: ClassPrototypes, passed: TrainingPass, sums: Sums, device: torch.device) -> None:
+    if len(sums.labels):
+        early.restore(passed.rows_of(sums.labels), sums.values, device)
+
+
+def _sums_name(extractor: FeatureExtractor, batches: range | None) -> str:
+    """What sums of early activations are kept under: the layer, and which batches they are of, if not of all."""
+    layer = str(extractor.early_layer)
+    return layer if batches is None else f"{layer}, batches {batches.start} to {batches.stop - 1}"
 
 
 class StoredExtraction(NamedTuple):
@@ -187,6 +203,34 @@ class FeaturePass:
     def missing(self) -> list[int]:
         """Numbers of the batches whose features are not kept."""
         return self._stored.missing({_FEATURES: self._template})
+
+    def lacks_sums(self, batches: range | None = None) -> bool:
+        """Whether sums of early activations over some batches, or all, are not kept; the extractor knows the layer."""
+        end = len(self._stored) if batches is None else batches.stop
+        return self._stored.summed(_sums_name(self._extractor, batches)) < end
+
+    def join_sums(self, passed: TrainingPass, parts: Sequence[range]) -> None:
+        """Make the sums of all batches of those of parts of them, which are deleted.
+
+        Args:
+            passed: a pass that has started: its classes are those of the sums.
+            parts: ranges of batches, one after the other; they are added up in this order.
+        """
+        early, device = passed.early_prototypes, torch.device("cpu")
+        assert early is not None
+        total = ClassPrototypes(early.classes)
+        for part in parts:
+            found = ClassPrototypes(early.classes)
+            for sums in self._stored.sums(_sums_name(self._extractor, part)):
+                _restore(found, passed, sums, device)
+            total.merge(found)
+        name = _sums_name(self._extractor, None)
+        self._stored.sums(name)
+        if total.sample_size:
+            rows = torch.arange(len(total.classes))
+            self._stored.keep_sums(name, Sums(len(self._stored), passed.class_ids, total.sums_of(rows)))
+        for part in parts:
+            self._stored.drop_sums(_sums_name(self._extractor, part))
 
     def extractions(
         self, batches: range | None = None, *, progress: Progress = None, description: str = "extract"

@@ -47,10 +47,10 @@ def test_a_process_of_a_launcher_writes_the_same_file(monkeypatch: pytest.Monkey
     ("arguments", "message"),
     [
         (("--engine", "ray"), "a folder for features that all workers see: --cache DIR"),
-        (("--engine", "ray", "--cache", "c", "--outliers", "mixup"), "which one process must do"),
         (("--parallel", "3"), "are for --engine ray"),
         (("--shards", "2"), "are for --engine ray"),
         (("--shards", "2", "--engine", "torchrun", "--cache", "c"), "--shards needs --engine ray, not torchrun"),
+        (("--shards", "2", "--engine", "ray", "--cache", "c", "--outliers", "mixup"), "Mixup mixes images of all"),
         (("--shards", "99", "--engine", "ray", "--cache", "c"), "batches of images make 1 to"),
         (("--shards", "2", "--engine", "ray", "--cache", "c", "--index", "IVF4,Flat"), "shards are searched exactly"),
         (("--shards", "2", "--engine", "ray", "--cache", "c", "--per-class", "50%"), "a subset is chosen from all"),

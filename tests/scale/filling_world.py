@@ -11,6 +11,7 @@ from models import cnn, patterns, teach, write_patterns
 from torch_grood import GROOD
 from torch_grood.data import FeatureCache, ImageLoader, ImageTransform, image_loader, read_source
 from torch_grood.features import FeatureExtractor
+from torch_grood.outliers import OutlierSource
 from torch_grood.scale.filling import Filler
 
 # Gives back the patterns that the images were written from.
@@ -40,18 +41,23 @@ def loader(folder: Path) -> ImageLoader:
 class MakeFiller:
     """For a worker."""
 
-    def __init__(self, images: Path, cache: Path, classes: list[str] | None = None) -> None:
-        self.images, self.cache, self.classes = images, cache, classes
+    def __init__(
+        self, images: Path, cache: Path, classes: list[str] | None = None, source: OutlierSource | None = None
+    ) -> None:
+        self.images, self.cache, self.classes, self.source = images, cache, classes, source
 
     def __call__(self) -> Filler:
         torch.set_num_threads(1)
-        return Filler(FeatureExtractor(network()), loader(self.images), FeatureCache(self.cache), self.classes)
+        extractor, images = FeatureExtractor(network()), loader(self.images)
+        return Filler(extractor, images, FeatureCache(self.cache), self.classes, self.source)
 
 
-def fitted(photos: Path, cache: Path | None, classes: list[str] | None = None) -> bytes:
+def fitted(
+    photos: Path, cache: Path | None, classes: list[str] | None = None, source: OutlierSource | None = None
+) -> bytes:
     """The file of a detector."""
     kept = None if cache is None else FeatureCache(cache)
-    detector = GROOD(network()).fit(loader(photos / "train"), classes=classes, cache=kept, progress=False)
+    detector = GROOD(network(), source).fit(loader(photos / "train"), classes=classes, cache=kept, progress=False)
     detector.calibrate(loader(photos / "held_out"), fpr=0.2, cache=kept, progress=False)
     path = photos / "new.grood"
     detector.save(path)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch_grood._progress import Progress
     from torch_grood.data import FeatureCache, ImageLoader, ImageSource, ImageTransform
     from torch_grood.detector import GROOD
+    from torch_grood.outliers import OutlierSource
     from torch_grood.scale.filling import Filler
 
 __all__ = ["Filling", "MakeFiller", "check_filling"]
@@ -38,7 +39,10 @@ class MakeFiller:
     on_bad: Literal["raise", "skip"]
     cache: Path
     head: str | None
+    early_layer: str | None
     classes: Sequence[int | str] | None
+    outliers: OutlierSource | None
+    seed: int
 
     def __call__(self) -> Filler:
         import torch
@@ -51,7 +55,8 @@ class MakeFiller:
         torch.set_num_threads(1)
         network = to_device(load_model(self.model, self.weights, self.num_classes).model, self.device)
         loader = image_loader(self.source, self.transform, batch_size=self.batch_size, workers=0, on_bad=self.on_bad)
-        return Filler(FeatureExtractor(network, self.head), loader, FeatureCache(self.cache), self.classes)
+        extractor = FeatureExtractor(network, self.head, self.early_layer)
+        return Filler(extractor, loader, FeatureCache(self.cache), self.classes, self.outliers, self.seed)
 
     def whole(self) -> MakeFiller:
         """With all paths from the root: a worker may start in another folder."""
@@ -129,7 +134,7 @@ class Filling:
             yield fit
 
 
-def check_filling(cache: Path | None, outliers: str, engine: Engine, shards: int | None) -> Path:
+def check_filling(cache: Path | None, engine: Engine, shards: int | None) -> Path:
     """Fail for what many processes cannot do.
 
     Returns:
@@ -142,9 +147,4 @@ def check_filling(cache: Path | None, outliers: str, engine: Engine, shards: int
         raise GroodError(f"--shards needs --engine ray, not {engine}; its processes stay and search")
     if cache is None:
         raise GroodError("--engine needs a folder for features that all workers see: --cache DIR")
-    if outliers == "mixup":
-        raise GroodError(
-            "--outliers mixup sums up activations image by image, which one process must do; leave --engine out, or "
-            "take another source"
-        )
     return cache

@@ -225,7 +225,7 @@ def fit(
     if engine is Engine.local:
         check_local(parallel, address, gpus, shards)
     else:
-        cache = _filling.check_filling(cache, outliers, engine, shards)
+        cache = _filling.check_filling(cache, engine, shards)
     from torch_grood.models.from_run import WEIGHTS, is_run, read_record
 
     used_weights, is_complete = weights, True
@@ -294,13 +294,23 @@ def fit(
         fitting: AbstractContextManager[Any] = nullcontext(detector.fit)
         if engine is not Engine.local:
             assert cache is not None
-            sets = [
-                _filling.MakeFiller(
-                    model, weights, num_classes, device, images, prepared, batch_size, on_bad, cache, head, chosen
-                )
-                for images in (source, held_out)
-                if images is not None
-            ]
+            filler = _filling.MakeFiller(
+                model,
+                weights,
+                num_classes,
+                device,
+                source,
+                prepared,
+                batch_size,
+                on_bad,
+                cache,
+                head,
+                early_layer,
+                chosen,
+                detector.outliers if detector.outliers.uses_early_layer else None,
+                seed,
+            )
+            sets = [filler] if held_out is None else [filler, replace(filler, source=held_out, outliers=None)]
             scaled = _filling.Filling(engine, parallel, address, gpus, shards, sets)
             fitting = scaled.fitting(detector, loader, output, reporter)
         with fitting as run_fit:

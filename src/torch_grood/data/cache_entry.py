@@ -172,6 +172,16 @@ class CacheEntry:
         self._summed[layer] = found[-1].end if found else 0
         return found
 
+    def summed(self, layer: str) -> int:
+        """The number of batches in a layer's kept sums, which are not read for it."""
+        return SumsJournal(self._folder, self._name, layer).end()
+
+    def drop_sums(self, layer: str) -> None:
+        """Delete the kept sums of a layer."""
+        SumsJournal(self._folder, self._name, layer).delete()
+        self._sums.pop(layer, None)
+        self._summed.pop(layer, None)
+
     def wants_sums(self, layer: str, nbytes: int) -> bool:
         """Whether it is time to write sums of this size."""
         waited = time.monotonic() - self._last_sums

@@ -63,6 +63,16 @@ class SumsJournal:
             return parts
         return []
 
+    def end(self) -> int:
+        """The number of batches in the newest file, by its name alone; 0 if there is none."""
+        return max(self._ends().values(), default=0)
+
+    def delete(self) -> None:
+        """Delete all files of this layer."""
+        ends = self._ends()
+        self._delete(list(ends), ends)
+        self._part_of.clear()
+
     def write(self, sums: Sums) -> None:
         """Write the sums of some classes, and delete the parts that hold nothing newest any more.
 

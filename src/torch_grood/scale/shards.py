@@ -341,6 +341,11 @@ def check_shards(detector: GROOD, shards: int, batches: int) -> None:
     """
     if not isinstance(detector.index, ExactIndex):
         raise GroodError(f"shards are searched exactly, not by {detector.index.spec!r}; leave --index or --shards out")
+    if detector.outliers.uses_early_layer:
+        raise GroodError(
+            f"{type(detector.outliers).__name__} mixes images of all training images, which no shard has; take another "
+            "source, or leave --shards out"
+        )
     if detector.subset is not None:
         raise GroodError("a subset is chosen from all gradients, which no shard has; leave it or --shards out")
     if not 1 <= shards <= batches:
