@@ -165,7 +165,7 @@ class RemoteSearcher(MergedSearcher):
         Raises:
             GroodError: always.
         """
-        raise GroodError("the gradients are with other processes; load the detector again to look at them")
+        raise _elsewhere()
 
     def _ask(self, queries: PolarGradients, ks: Sequence[int]) -> Sequence[Neighbors]:
         sent = require("ray", extra="scale").put(queries)
@@ -175,12 +175,14 @@ class RemoteSearcher(MergedSearcher):
         return found
 
     def with_added(self, gradients: PolarGradients, store: StoreOptions, *, seed: int = 0) -> GradientSearcher:
-        self.gradients  # noqa: B018 (says why not)
-        raise AssertionError
+        raise _elsewhere()
 
     def with_only(self, rows: Tensor, store: StoreOptions, *, seed: int = 0) -> GradientSearcher:
-        self.gradients  # noqa: B018 (says why not)
-        raise AssertionError
+        raise _elsewhere()
+
+
+def _elsewhere() -> GroodError:
+    return GroodError("the gradients are with other processes; load the detector again to look at or change them")
 
 
 @contextmanager
