@@ -75,6 +75,13 @@ def in_shards(
     return detector
 
 
+def split(photos: Path, folder: Path) -> GROOD:
+    """The plain detector, as f.grood in three shards."""
+    (folder / "one.grood").write_bytes(fitted(photos, None))
+    GROOD.load(folder / "one.grood").save(folder / "f.grood", shards=3)
+    return GROOD.load(folder / "f.grood")
+
+
 @pytest.mark.parametrize(("count", "classes"), [(1, None), (3, None), (5, None), (2, ["a", "c"])])
 def test_it_is_the_detector_of_one_process(count: int, classes: list[str] | None, photos: Path, tmp_path: Path) -> None:
     in_shards(photos, tmp_path, count, classes)
@@ -136,8 +143,7 @@ def test_searchers_that_die_come_again(photos: Path, tmp_path: Path, monkeypatch
             return os.getpid()
 
     monkeypatch.setattr(shards, "_Searcher", Mortal)
-    in_shards(photos, tmp_path, 3)
-    plain = GROOD.load(tmp_path / "f.grood")
+    plain = split(photos, tmp_path)
     queries = torch.randn(30, plain.fit_info_.n_features, generator=torch.Generator().manual_seed(0))
     expected = plain.score_features(queries)
     assert plain.shards_ is not None
@@ -162,7 +168,7 @@ class Opener:
 
 
 def test_workers_ask_the_shards(photos: Path, tmp_path: Path) -> None:
-    in_shards(photos, tmp_path, 3)
+    split(photos, tmp_path)
     opener = Opener(tmp_path / "f.grood")
     runtime = opener()
     assert isinstance(runtime, DetectorRuntime)
