@@ -27,6 +27,8 @@ SMALLER: tuple[tuple[str, str, str], ...] = (
     ("docs/scale.md", "/models/", ""),
     ("docs/scale.md", "/data/photos", "photos"),
     ("docs/scale.md", "/data/scores", "scores-of-python"),
+    ("docs/scale.md", "/data/flowers", "flowers"),
+    ("docs/scale.md", "/data/", ""),
     ("docs/scale.md", "workers=8", "workers=1"),
 )
 

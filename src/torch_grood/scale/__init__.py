@@ -12,9 +12,42 @@ makes its part of the gradients (`shards`).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from torch_grood._lazy import importer
 from torch_grood.scale.inputs import Inputs, inputs_of
 from torch_grood.scale.job import Job, Summary
 from torch_grood.scale.on_ray import score_on_ray
+from torch_grood.scale.parts import Folder
 from torch_grood.scale.ranks import score_as_rank
 
-__all__ = ["Inputs", "Job", "Summary", "inputs_of", "score_as_rank", "score_on_ray"]
+if TYPE_CHECKING:
+    from torch_grood.scale.filling import Filler, fill_as_rank, fill_on_ray
+    from torch_grood.scale.shards import fit_in_shards, searching
+
+__all__ = [
+    "Filler",
+    "Folder",
+    "Inputs",
+    "Job",
+    "Summary",
+    "fill_as_rank",
+    "fill_on_ray",
+    "fit_in_shards",
+    "inputs_of",
+    "score_as_rank",
+    "score_on_ray",
+    "searching",
+]
+
+__getattr__ = importer(
+    __name__,
+    {
+        **dict.fromkeys(("Filler", "fill_as_rank", "fill_on_ray"), "filling"),
+        **dict.fromkeys(("fit_in_shards", "searching"), "shards"),
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
