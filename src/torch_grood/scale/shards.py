@@ -220,11 +220,13 @@ def _lasting(actor: type, size: int, count: int) -> Any:
         GroodError: if the nodes of the cluster have too little memory.
     """
     ray = require("ray", extra="scale")
-    there = ray.cluster_resources().get("memory", 0)
-    if size * count > there:
+    # Without room on any node, they would be waited for in silence.
+    nodes = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
+    room = sum(int(memory // max(size, 1)) for memory in nodes)
+    if room < count:
         raise GroodError(
-            f"{count} parts take {size * count / 2**30:,.1f} GiB, and the nodes of the cluster have "
-            f"{there / 2**30:,.1f} GiB for them; add nodes, or store int8 or fewer gradients"
+            f"{count} parts take {size / 2**30:,.1f} GiB each, and the {len(nodes)} nodes of the cluster have room for "
+            f"{room} of them ({sum(nodes) / 2**30:,.1f} GiB for tasks); add nodes or shards, or store int8"
         )
     return ray.remote(num_cpus=0, memory=size, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(
         actor
