@@ -16,6 +16,7 @@ from typing import Any
 
 import griffe
 from latex2mathml.converter import convert
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -82,6 +83,13 @@ def on_page_content(html: str, page: Page, config: Any, files: Files) -> str:
         return found[0] if number is None else found[0].replace(found[1], f"{found[1]}#__codelineno-0-{number}", 1)
 
     return NAMED.sub(line, FORMULA.sub(formula, html))
+
+
+@event_priority(-100)
+def on_post_build(config: Any) -> None:
+    """The index of the search as a script, too: a page from disk may read no other file."""
+    index = Path(config.site_dir, "search", "search_index.json")
+    index.with_suffix(".js").write_text(f"var __index = {index.read_text(encoding='utf-8')}", encoding="utf-8")
 
 
 def definition(path: Path, name: str) -> int | None:

@@ -211,10 +211,11 @@ def test_pages_in_a_browser(address: str, scheme: str) -> None:
 
 @needs_browser
 @pytest.mark.slow
-def test_the_search_finds_a_page(address: str) -> None:
+@pytest.mark.parametrize("from_disk", [False, True])
+def test_the_search_finds_a_page(address: str, site: Path, from_disk: bool) -> None:
     with browser_page() as (page, complaints):
         # The index is read before anything is asked of it.
-        page.goto(f"{address}/index.html", wait_until="networkidle")
+        page.goto(f"{site.as_uri() if from_disk else address}/index.html", wait_until="networkidle")
         page.locator("input.md-search__input").click()
         page.wait_for_load_state("networkidle")
         page.locator("input.md-search__input").press_sequentially("threshold for each class", delay=20)
