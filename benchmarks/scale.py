@@ -254,7 +254,7 @@ def killing(kills: int) -> Iterator[list[int]]:
     over, killed, generator = threading.Event(), list[int](), random.Random(0)
 
     def work() -> None:
-        while len(killed) < kills and not over.wait(generator.uniform(0.5, 2.5)):
+        while len(killed) < kills and not over.wait(generator.uniform(0.2, 1.4)):
             pids = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_worker(pid)]  # noqa: PTH208
             if pids:
                 killed.append(generator.choice(pids))
