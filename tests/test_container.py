@@ -192,6 +192,30 @@ def test_checksums_of_another_number_of_blocks(change: Callable[[Tensor], Tensor
         container.read(small, 3)
 
 
+def gone_after(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let another process delete a file at the end of a function of the container's."""
+    real = getattr(container, name)
+
+    def then_gone(*arguments: Any) -> Any:
+        found = real(*arguments)
+        path.unlink()
+        return found
+
+    monkeypatch.setattr(container, name, then_gone)
+
+
+def test_a_file_that_is_deleted_before_it_is_opened(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone_after("_check_header_length", small, monkeypatch)
+    with pytest.raises(FormatError, match="cannot be read"):
+        container.read(small, 4)
+
+
+def test_a_file_that_is_deleted_while_it_is_read(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = container.read(small, 4).header
+    gone_after("_header", small, monkeypatch)
+    assert container.read(small, 4).header == expected
+
+
 def test_a_newer_format_is_told_from_an_altered_file(small: Path) -> None:
     header, tensors = parts(small)
     seal(small, header | {"format_version": 4, "library_version": "9.8.7"}, tensors)

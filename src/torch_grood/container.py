@@ -168,7 +168,7 @@ def read(path: Path, version: int, *, lazy: Iterable[str] = (), eager_bytes: int
 
     if not path.is_file():
         raise FormatError(f"{path} is no regular file" if path.exists() else f"there is no detector file {path}")
-    _check_header_length(path)
+    size = _check_header_length(path)
     try:
         with safe_open(path, framework="pt") as file:
             if len(file.keys()) > _MOST_TENSORS:
@@ -183,7 +183,7 @@ def read(path: Path, version: int, *, lazy: Iterable[str] = (), eager_bytes: int
     if header["format_version"] < _FIRST_CHECKED:
         return Container(header, tensors, {})
     guards = _guards(path, header, tensors)
-    left = set(lazy) if path.stat().st_size > eager_bytes else set()
+    left = set(lazy) if size > eager_bytes else set()
     for name, guard in guards.items():
         if name not in left:
             guard.check_all()
@@ -199,8 +199,11 @@ def _tensors(path: Path, file: Any) -> dict[str, Tensor]:
         raise AlteredFileError(f"{path}: a tensor cannot be read, it was altered: {reason}") from None
 
 
-def _check_header_length(path: Path) -> None:
-    """Refuse a long header before it is read."""
+def _check_header_length(path: Path) -> int:
+    """Refuse a long header before it is read; the size of the file.
+
+    The file may be gone a moment later, where other processes delete.
+    """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -208,6 +211,7 @@ def _check_header_length(path: Path) -> None:
                 raise AlteredFileError(f"{path}: the header has {length:,} bytes; the file was altered")
             if length > _LONGEST_HEADER:
                 raise FormatError(f"{path} is no detector file: its header would have {length:,} bytes")
+            return os.fstat(file.fileno()).st_size
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
 
@@ -322,8 +326,15 @@ def _on_all_cores(work: Callable[[Any], Any], parts: Sequence[Any]) -> Iterable[
 
 def _diagnosis(path: Path, error: Exception) -> FormatError:
     """Why safetensors cannot read a file: it says what is wrong with the bytes, not what happened to them."""
-    size = path.stat().st_size
+    try:
+        return _found_wrong(path, error)
+    except OSError as gone:
+        return FormatError(f"{path} cannot be read: {gone.strerror or gone}")
+
+
+def _found_wrong(path: Path, error: Exception) -> FormatError:
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if 0 < length <= _LONGEST_HEADER and (text := file.read(length)).startswith(b"{"):
             end = 0
