@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -47,6 +47,15 @@ def _brute_force(queries: PolarGradients, stored: PolarGradients) -> NDArray[np.
         with np.errstate(divide="ignore"):
             found[i] = unit + np.log(np.sqrt((difference**2).sum(1)))
     return found
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Of processes that share work, and of equal bits in all of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models import cnn, patterns, teach, write_patterns
+from models import cnn, patterns, taught_cnn, write_patterns
 from torch_grood import GROOD, ClassSample, Mixup, OutlierSamples, PrototypeMean, UniformNoise, container
 from torch_grood.data import (
     BadImageError,
@@ -82,11 +82,7 @@ def photos(original: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    torch.manual_seed(0)
-    network = cnn(3).eval()
-    inputs, labels = patterns(120, seed=77)
-    teach(network, network[-1], inputs, labels)
-    return network
+    return taught_cnn()
 
 
 def loader(folder: Path, **options: Any) -> ImageLoader:

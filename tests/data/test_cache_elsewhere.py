@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grey import png
-from models import cnn, patterns, teach, write_patterns
+from models import taught_cnn, write_patterns
 from torch_grood import GROOD
 from torch_grood.data import FeatureCache, ImageLoader, ImageSource, ImageTransform, image_loader, read_source
 from torch_grood.data.cache import _hash_of_files
@@ -29,17 +29,11 @@ from torch_grood.errors import GroodError
 from torch_grood.features import FeatureExtractor
 from torch_grood.scale.filling import Filler, fill_as_rank
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 AS_PATTERNS = ImageTransform(None, 8, "bilinear", (128 / 255,) * 3, (40 / 255,) * 3)
 N, BATCH = 66, 4
 KINDS = ("file", "parquet")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +60,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    torch.manual_seed(0)
-    network = cnn(3).eval()
-    inputs, labels = patterns(120, seed=77)
-    teach(network, network[-1], inputs, labels)
-    return network
+    return taught_cnn()
 
 
 def source_of(kind: str, photos: Path, split: str) -> ImageSource:

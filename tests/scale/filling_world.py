@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import cnn, patterns, teach, write_patterns
+from models import taught_cnn, write_patterns
 from torch_grood import GROOD
 from torch_grood.data import FeatureCache, ImageLoader, ImageTransform, image_loader, read_source
 from torch_grood.features import FeatureExtractor
@@ -27,11 +27,7 @@ def write_photos(folder: Path) -> Path:
 
 
 def network() -> nn.Module:
-    torch.manual_seed(0)
-    found = cnn(3).eval()
-    inputs, labels = patterns(120, seed=77)
-    teach(found, found[-1], inputs, labels)
-    return found
+    return taught_cnn()
 
 
 def loader(folder: Path) -> ImageLoader:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,9 @@ from torch_grood.errors import GroodError
 from torch_grood.features import FeatureExtractor
 from torch_grood.scale.filling import Filler, fill_as_rank, fill_on_ray
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MIXUP = Mixup(20)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

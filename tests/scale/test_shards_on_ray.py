@@ -36,15 +36,12 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
+def cluster(one_thread: None) -> Iterator[None]:
     # Workers find the modules of the tests where this process does.
     where = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=where)
     yield
     ray.shutdown()
-    torch.set_num_threads(before)
     # What is left of its processes complains here, and not in some later test.
     gc.collect()
 
