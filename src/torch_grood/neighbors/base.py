@@ -74,10 +74,12 @@ class GradientSearcher(ABC):
         """What a file keeps of the index beside the gradients, by name; {} where there is nothing."""
         return {}
 
-    def _check_k(self, k: int) -> None:
-        if not 1 <= k <= len(self.gradients):
+    @staticmethod
+    def _check_k(k: int, n: int) -> None:
+        """Check that so many of n stored gradients can be asked for."""
+        if not 1 <= k <= n:
             raise GroodError(
-                f"asked for k={k} neighbours among {len(self.gradients)} stored gradients; "
+                f"asked for k={k} neighbours among {n} stored gradients; "
                 "k must be at least 1 and at most the number stored"
             )
 

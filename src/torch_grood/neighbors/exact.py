@@ -123,7 +123,7 @@ class ExactSearcher(GradientSearcher):
 
     @torch.no_grad()
     def search(self, queries: PolarGradients, k: int = 1) -> Neighbors:
-        self._check_k(k)
+        self._check_k(k, len(self.gradients))
         device = self.gradients.device
         # Under the caller's autocast the product would be rounded to half precision.
         with torch.autocast(device.type, enabled=False):

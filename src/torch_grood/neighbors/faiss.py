@@ -280,7 +280,7 @@ class _FaissSearcher(GradientSearcher):
 
     @torch.no_grad()
     def search(self, queries: PolarGradients, k: int = 1) -> Neighbors:
-        self._check_k(k)
+        self._check_k(k, len(self.gradients))
         queries = PolarGradients(queries.log_magnitude.cpu(), queries.direction.cpu().float())
         wanted = min(k * self._candidates, len(self.gradients))
         # A candidate takes a row and a distance here and in faiss, and its place in the order; a query its vector.

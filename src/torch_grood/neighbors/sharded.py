@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_grood.errors import GroodError
 from torch_grood.gradients import PolarGradients
 from torch_grood.neighbors.base import GradientIndex, GradientSearcher
 from torch_grood.neighbors.pairs import Neighbors
@@ -75,8 +74,7 @@ class MergedSearcher(GradientSearcher):
 
     def search(self, queries: PolarGradients, k: int = 1) -> Neighbors:
         sizes = [file.n for file in self.shards.files]
-        if not 1 <= k <= sum(sizes):
-            raise GroodError(f"asked for k={k} neighbours among {sum(sizes)} stored gradients")
+        self._check_k(k, sum(sizes))
         queries = PolarGradients(queries.log_magnitude, queries.direction.float())
         return merged(self._ask(queries, [min(k, size) for size in sizes]), sizes, k)
 
